@@ -1,0 +1,244 @@
+"""Reaching a causal language model's head through the model's own forward."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastforget.ops import linear_cross_entropy
+
+__all__ = ["LogitTransform", "eval_mode", "find_head", "head_weight", "swapped_forward", "verified_transform"]
+
+
+class LogitTransform(NamedTuple):
+    """What a model does to its head's output: `softcap * tanh(scale * z / softcap)`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module's own mode is restored."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def swapped_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for `module` inside; hooks, PEFT and FSDP2 around it keep working."""
+    # accelerate's device hooks sit in `forward` and call `_old_forward`: keep them, they bring the weight to its device.
+    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    saved = vars(module).get(name)
+    setattr(module, name, forward)
+    try:
+        yield
+    finally:
+        if saved is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, saved)
+
+
+def find_head(model: nn.Module) -> nn.Module:
+    """The module that turns hidden states into logits.
+
+    Args:
+        model: A causal language model of transformers, wrapped or not.
+
+    Returns:
+        The output embedding, with PEFT's wrapper if there is one.
+
+    Raises:
+        ValueError: The model is none, or is an encoder-decoder, or its PEFT method adds positions.
+    """
+    name = type(model).__name__
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    config = getattr(inner, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model: expected a causal language model, got the encoder-decoder {name}")
+    for peft_config in getattr(inner, "peft_config", {}).values():
+        if getattr(peft_config, "is_prompt_learning", False):
+            raise ValueError(f"model: {peft_config.peft_type} adds virtual tokens, which is not supported; use LoRA")
+    get_head = getattr(inner, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    if not isinstance(head, nn.Module):
+        raise ValueError(
+            f"model: expected a causal language model with an output embedding, got {name}; "
+            "load it with AutoModelForCausalLM"
+        )
+    return head
+
+
+def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight `[V, H]` and bias `[V]` that the head applies now, adapters included; differentiable in the adapters.
+
+    Args:
+        head: What `find_head` returned. Call this inside the head's forward: FSDP2 has the weight there only.
+
+    Returns:
+        The weight and the bias or None.
+
+    Raises:
+        ValueError: The head is no linear map with a floating-point weight.
+    """
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):  # PEFT: a trained copy of the head
+        adapters = head.active_adapters
+        use_copy = not head.disable_adapters and adapters and adapters[0] in head.modules_to_save
+        return head_weight(head.modules_to_save[adapters[0]] if use_copy else head.original_module)
+    if hasattr(head, "base_layer"):
+        weight, bias = head_weight(head.base_layer)
+        adapters = [] if head.disable_adapters or head.merged else _active_on(head)
+        for adapter in adapters:
+            weight = weight + _adapter_delta(head, adapter).to(weight.dtype)
+        return weight, bias
+    weight = getattr(head, "weight", None)
+    if not isinstance(head, nn.Linear) or weight is None or not weight.is_floating_point():
+        dtype = "" if weight is None else f" with a {weight.dtype} weight"
+        raise ValueError(
+            f"model: its output embedding is a {type(head).__name__}{dtype}; expected torch.nn.Linear in floating point. "
+            "Keep the head unquantised (llm_int8_skip_modules, modules_to_not_convert)"
+        )
+    return weight, head.bias
+
+
+def _active_on(head: Any) -> list[str]:
+    return [adapter for adapter in head.active_adapters if adapter in getattr(head, "lora_A", {})]
+
+
+def _adapter_delta(head: Any, adapter: str) -> Tensor:
+    if getattr(head, "lora_variant", {}).get(adapter) is not None or getattr(head, "lora_bias", {}).get(adapter):
+        raise ValueError(f"model: adapter {adapter!r} on the head is no plain LoRA (DoRA or a bias); merge it first")
+    return head.get_delta_weight(adapter)
+
+
+# head -> state of the model around it -> transform. Heads are held weakly, so that a model can be freed.
+_verified: weakref.WeakKeyDictionary[nn.Module, dict[Any, LogitTransform]] = weakref.WeakKeyDictionary()
+_CHECKED_TOKENS = 8
+
+
+def verified_transform(
+    model: nn.Module,
+    head: nn.Module,
+    input_ids: Tensor,
+    forward: Callable[[Tensor, Tensor, Tensor | None], Any],
+    impl: str,
+) -> LogitTransform:
+    """What the model does to its logits after the head, found by a probe and checked against its own logits once.
+
+    Args:
+        model: The model, in eval mode.
+        head: Its head.
+        input_ids: `[B, T]`, of which a few tokens are used.
+        forward: Calls the model with input_ids, position_ids and attention_mask.
+        impl: Implementation to check.
+
+    Returns:
+        Scale and softcap.
+
+    Raises:
+        ValueError: The model's logits are not `softcap * tanh(scale * (x W^T + b) / softcap)`, or they depend on later
+            tokens or on padding.
+    """
+    parameter = next(head.parameters())
+    adapters = tuple(getattr(head, "active_adapters", ())), getattr(head, "disable_adapters", None)
+    state = (type(model), adapters, parameter.dtype, parameter.device, torch.is_autocast_enabled(parameter.device.type))
+    known = _verified.setdefault(head, {})
+    if state not in known and input_ids.numel():
+        with torch.no_grad():
+            known[state] = _measure_transform(model, head, input_ids, forward, impl)
+    return known.get(state, LogitTransform())
+
+
+class _Probe:
+    """Stands in for the head: keeps its input and weight, and gives known numbers instead of logits."""
+
+    # 0 finds an offset, small numbers the slope, large ones the softcap, and the rest tests the curve in between.
+    values = (0.0, 1e-3, -1e-3, 1.0, -1.0, 7.0, -30.0, 200.0, 1e6, -1e6)
+
+    def __init__(self, head: nn.Module) -> None:
+        self.head = head
+
+    def __call__(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        self.hidden = hidden
+        self.weight, self.bias = head_weight(self.head)
+        probe = torch.tensor(self.values, device=hidden.device, dtype=torch.float32)
+        return probe.repeat(*hidden.shape[:-1], 1)
+
+
+def _measure_transform(
+    model: nn.Module,
+    head: nn.Module,
+    input_ids: Tensor,
+    forward: Callable[[Tensor, Tensor, Tensor | None], Any],
+    impl: str,
+) -> LogitTransform:
+    ids = input_ids[:1, :_CHECKED_TOKENS]
+    length = ids.shape[1]
+    position_ids = torch.arange(length + 1, device=ids.device)[None]
+    logits = forward(ids, position_ids[:, :-1], None).logits[0].double()  # [T, V]
+    # The same tokens again, once with one more token behind them and once with one of padding: neither may matter.
+    longer = nn.functional.pad(ids, (0, 1), value=0).repeat(2, 1)
+    mask = torch.ones_like(longer, dtype=torch.bool)
+    mask[1, -1] = False
+    probe = _Probe(head)
+    with swapped_forward(head, probe):
+        response = forward(longer, position_ids.expand(2, -1), mask).logits[0, 0].double().tolist()
+    transform = _fit_transform(type(model).__name__, _Probe.values, response)
+    target = ids[0].roll(-1)
+    expected = torch.logsumexp(logits, 1) - logits.gather(1, target.to(logits.device)[:, None])[:, 0]
+    tolerance = max(2 * torch.finfo(probe.hidden.dtype).eps, 1e-4) * (1 + float(logits.abs().max()))
+    for row, change in ((0, "a later token"), (1, "padding")):
+        loss = linear_cross_entropy(
+            probe.hidden[row, :-1],
+            probe.weight,
+            target.to(probe.hidden.device),
+            linear_bias=probe.bias,
+            softcap=transform.softcap,
+            scale=transform.scale,
+            impl=impl,
+        ).loss
+        error = float((loss.double() - expected.to(loss.device)).abs().max())
+        if not error <= tolerance:
+            raise ValueError(
+                f"model: {type(model).__name__}'s own logits give another loss than its head's input and weight: "
+                f"{error:.2g} nats apart, {tolerance:.2g} allowed, on {length} tokens with {change} behind them. Either it "
+                "is not causal, or it changes hidden states or logits around its head; it cannot be measured exactly"
+            )
+    return transform
+
+
+def _fit_transform(model: str, values: tuple[float, ...], response: list[float]) -> LogitTransform:
+    """Scale and softcap of a curve given at `values`; an error where it is none of that form."""
+    scale = response[1] / values[1]
+    largest = response[values.index(1e6)]
+    softcap = largest if abs(largest) < 0.5 * abs(scale) * 1e6 else None
+    transform = LogitTransform(_rounded(scale), None if softcap is None else _rounded(softcap))
+    z = torch.tensor(values, dtype=torch.float64) * transform.scale
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    got = torch.tensor(response, dtype=torch.float64)
+    if not torch.allclose(got, z, rtol=1e-5, atol=1e-9):
+        raise ValueError(
+            f"model: {model} changes its logits after the head in an unknown way (head outputs {list(values)} became "
+            f"{[float(f'{r:.4g}') for r in response]}); only a scale and a softcap are supported"
+        )
+    return transform
+
+
+def _rounded(value: float) -> float:
+    """The short decimal, or one over it, that `value` is within float32 rounding: 0.0625, 30.0, 1/13; else `value`."""
+    for candidate in (float(f"{value:.6g}"), 1 / float(f"{1 / value:.6g}") if value else value):
+        if abs(candidate - value) <= 4e-7 * abs(value):
+            return candidate
+    return value

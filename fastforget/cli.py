@@ -1,0 +1,233 @@
+"""The command line. Commands import what they run, so that `fastforget --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastforget import __version__
+
+if TYPE_CHECKING:
+    from fastforget.matrix.result import ForgettingMatrix
+
+app = typer.Typer(
+    help="Measure what a language model forgets when it is fine-tuned.",
+    epilog="FASTFORGET_TRACEBACK=1 in the environment shows where in the code an error came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # its tables cut the names of options off
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line; bad input and failing files end in one line on standard error and exit code 2."""
+    try:
+        app(prog_name="fastforget")
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("FASTFORGET_TRACEBACK") == "1":
+            raise
+        raise SystemExit(_fail(f"{error or type(error).__name__}")) from None
+
+
+def _fail(message: str) -> int:
+    print(f"fastforget: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("demo"),
+    device: Annotated[str | None, typer.Option(help="torch device; default: the GPU if there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the models and of the text that is sampled.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller models and less text, for a first look.")] = False,
+) -> None:
+    """Show a forgetting matrix of real text in minutes.
+
+    Trains a small model on text of this machine, fine-tunes it on eight tasks, and shows what each made it forget.
+    """
+    from fastforget.demo import run
+
+    run(out, device=device, seed=seed, quick=quick)
+
+
+@app.command()
+def matrix(
+    base: Annotated[str, typer.Option(help="Folder or hub id of the base model.")],
+    task: Annotated[
+        list[str], typer.Option(metavar="[NAME=]DIR_OR_ID", help="Checkpoint or PEFT adapter, as often as needed.")
+    ],
+    upstream: Annotated[str, typer.Option(help="Upstream examples: .jsonl, .parquet, .txt, or a datasets id.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results; the same command continues a stopped run.")],
+    max_length: Annotated[int | None, typer.Option(help="Tokens an example may have; default: the model's.")] = None,
+    tokens_per_batch: Annotated[int | None, typer.Option(help="Token budget of a batch; default: by device.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")] = None,
+    device: Annotated[str | None, typer.Option(help="torch device; default: the GPU if there is one.")] = None,
+    eos: Annotated[bool, typer.Option("--eos", help="Count the end-of-sequence token after a response.")] = False,
+    skip_empty: Annotated[bool, typer.Option("--skip-empty", help="Leave out rows that have no target token.")] = False,
+    split: Annotated[str, typer.Option(help="Split of a datasets id.")] = "train",
+    config: Annotated[str | None, typer.Option(help="Configuration of a datasets id.")] = None,
+    noise_examples: Annotated[int, typer.Option(help="Examples that measure the noise floor; 0: none.")] = 32,
+    check_adapter_base: Annotated[bool, typer.Option(help="Refuse adapters that name another base.")] = True,
+    progress: Annotated[bool, typer.Option(help="Show the progress bar.")] = True,
+) -> None:
+    """Build a forgetting matrix, or continue one.
+
+    Its values are the increase of every upstream example's log-perplexity under every task's model, in nats per token.
+    """
+    from fastforget.matrix import forgetting_matrix
+
+    run = partial(
+        forgetting_matrix,
+        base=base,
+        tasks=task,
+        upstream=upstream,
+        out=out,
+        max_length=max_length,
+        tokens_per_batch=tokens_per_batch,
+        dtype=dtype,
+        device=device,
+        eos=eos,
+        skip_empty=skip_empty,
+        split=split,
+        config=config,
+        noise_examples=noise_examples,
+        check_adapter_base=check_adapter_base,
+        progress=progress,
+    )
+    try:
+        result = run()
+    except KeyboardInterrupt:
+        typer.echo("stopped; finished work is kept, and the same command continues", err=True)
+        raise typer.Exit(130) from None
+    _print_summary(result)
+    _draw(result, out / "heatmap.png")
+
+
+@app.command()
+def plot(
+    out: Annotated[Path, typer.Argument(help="Folder of a forgetting matrix.")],
+    to: Annotated[Path | None, typer.Option(help="PNG to write; default: heatmap.png in the folder.")] = None,
+) -> None:
+    """Draw the heatmap of a forgetting matrix."""
+    from fastforget.matrix import ForgettingMatrix
+
+    _draw(ForgettingMatrix.load(out), to or out / "heatmap.png")
+
+
+@app.command()
+def bench(
+    expression: Annotated[str | None, typer.Option("-k", help="Run the benchmarks that match (as pytest -k).")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("records"),
+) -> None:
+    """Run the benchmarks and write their records."""
+    missing = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"bench: expected {' and '.join(missing)}, got none; pip install 'fastforget[bench]'")
+    folder = benchmarks_folder()
+    out.mkdir(parents=True, exist_ok=True)
+    # No settings of the place where it is called: the same run from a wheel, a checkout or someone's project.
+    command = [sys.executable, "-m", "pytest", str(folder), "-c", os.devnull, "--rootdir", str(folder)]
+    command += ["-o", "python_files=bench_*.py", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    command += ["--benchmark-json", str(out / "benchmarks.json")]
+    command += ["-k", expression] if expression else []
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+@app.command()
+def doctor() -> None:
+    """Print what a bug report needs.
+
+    Versions, devices, which implementation each operation uses on them and why, and what is wrong, if anything.
+    """
+    from fastforget.doctor import report
+
+    typer.echo(report())
+
+
+def benchmarks_folder() -> Path:
+    """Find the benchmarks: inside the package in a wheel, beside it in a checkout.
+
+    Returns:
+        The folder of the `bench_*.py` files.
+
+    Raises:
+        FileNotFoundError: If neither exists.
+    """
+    package = Path(__file__).parent
+    candidates = [package / "benchmarks", package.parent / "benchmarks"]
+    for folder in candidates:
+        if any(folder.glob("bench_*.py")):
+            return folder
+    raise FileNotFoundError(f"bench: expected bench_*.py in {candidates[0]} or {candidates[1]}, got none; reinstall")
+
+
+def _print_summary(matrix: ForgettingMatrix) -> None:
+    """Print a table of the tasks, and below it what a reader has to know before believing it."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    summary = matrix.summary()
+    title = f"Forgetting of {summary['examples']:,} upstream examples, nats per token"
+    table = Table("task", "mean", "median", "share increased", "exact match lost", title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, row in summary["per_task"].items():
+        table.add_row(escape(name), *_cells(row))
+    table.add_section()
+    table.add_row("all tasks", *_cells(summary), style="bold")
+    Console().print(table)
+    for line in _remarks(summary):
+        typer.echo(line)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    formats = {"mean": "+.4f", "median": "+.4f", "share_increased": ".1%", "exact_forgotten": ".1%"}
+    return ["-" if row[name] is None else format(row[name], spec) for name, spec in formats.items()]
+
+
+def _remarks(summary: dict[str, Any]) -> list[str]:
+    remarks = []
+    for name, what in (("batch_composition", "another batch composition"), ("wider_dtype", "a wider dtype")):
+        noise = summary["noise"].get(name)
+        if noise and "rms" in noise:
+            remarks.append(f"noise floor, {what}: rms {noise['rms']:.1e}, largest {noise['max']:.1e} nats per token")
+        elif noise:
+            remarks.append(f"noise floor, {what}: not measured: {noise['unmeasured']}")
+    if summary["nan"]["count"]:
+        first = ", ".join(f"{example} under {task}" for task, example in summary["nan"]["entries"][:5])
+        remarks.append(f"{summary['nan']['count']} entries are NaN and are left out above, first {first}")
+    if summary["truncated"]:
+        remarks.append(f"{summary['truncated']} examples were truncated to the maximal length")
+    if summary["skipped"]:
+        remarks.append(f"{summary['skipped']} rows without a target token were left out")
+    return remarks
+
+
+def _draw(matrix: ForgettingMatrix, to: Path) -> None:
+    from fastforget.matrix.plot import plot_heatmap
+
+    typer.echo(f"wrote {plot_heatmap(matrix, to)}")

@@ -1,0 +1,106 @@
+"""The heatmap of a forgetting matrix."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastforget.matrix.result import ForgettingMatrix, singular_order
+from fastforget.matrix.store import write_atomically
+
+PERCENTILE = 99.0  # of |Z|: beyond it colours saturate, or a few entries would leave the rest white
+COLUMNS = 1500  # more cannot be told apart: neighbours are averaged
+LABEL = 40  # characters of a task's name
+MISSING = "0.8"  # grey
+
+
+def plot_heatmap(matrix: ForgettingMatrix, path: str | os.PathLike[str]) -> Path:
+    """Draw the matrix as a PNG: red where an example was forgotten, blue where it became easier, grey where it is NaN.
+
+    Rows and columns are ordered by the first singular vectors; the bars on the right are the rows' means.
+
+    Args:
+        matrix: the matrix.
+        path: the file, ending in `.png`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: if the path does not end in `.png`, or the matrix has no finite entry.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = Path(os.fspath(path))
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"path: expected a file ending in .png, got {path}; rename it")
+    if not np.isfinite(matrix.values).any():
+        raise ValueError("matrix: expected at least one finite value, got none; finish the run first")
+    rows, columns = singular_order(matrix.values)
+    values = matrix.values[np.ix_(rows, columns)]
+    n_tasks = len(rows)
+    text = min(9.0, max(3.5, 260 / n_tasks))  # points
+    figure = Figure(figsize=(11, min(14.0, 2.6 + max(1.6, 0.26 * n_tasks))), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    main, side = figure.subplots(1, 2, width_ratios=[8, 1], sharey=True)
+    limit = float(np.percentile(np.abs(values[np.isfinite(values)]), PERCENTILE)) or 1.0
+    image = _draw_values(main, values, limit)
+    main.set_yticks(range(n_tasks), [_short(matrix.tasks[row]) for row in rows], fontsize=text)
+    main.set_xlabel(f"{values.shape[1]:,} upstream examples, ordered by first singular vector")
+    main.set_ylabel("fine-tuned model, ordered by first singular vector")
+    _draw_means(side, values, text)
+    bar = figure.colorbar(image, ax=side, extend="both", fraction=0.25, pad=0.1)
+    bar.set_label("log-perplexity increase (nats per token)")
+    figure.suptitle(
+        f"Forgetting of {values.shape[1]:,} upstream examples by {n_tasks} fine-tuned models",
+        fontsize=13,
+        weight="bold",
+    )
+    main.set_title(_subtitle(matrix), fontsize=9, loc="left")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return path
+
+
+def _draw_values(axes: Any, values: np.ndarray, limit: float) -> Any:
+    from matplotlib import colormaps
+
+    if values.shape[1] > COLUMNS:
+        with np.errstate(invalid="ignore"):
+            values = np.stack([part.mean(1) for part in np.array_split(values, COLUMNS, axis=1)], axis=1)
+    colours = colormaps["RdBu_r"].with_extremes(bad=MISSING)
+    return axes.imshow(values, aspect="auto", cmap=colours, vmin=-limit, vmax=limit, interpolation="nearest")
+
+
+def _draw_means(axes: Any, values: np.ndarray, text: float) -> None:
+    finite = np.isfinite(values)
+    means = np.where(finite, values, 0).sum(1) / np.maximum(finite.sum(1), 1)
+    axes.barh(range(len(means)), means, color=["#b2182b" if mean > 0 else "#2166ac" for mean in means])
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.set_title("row mean", fontsize=9)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.tick_params(axis="y", left=False, labelleft=False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    del text
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LABEL else name[: LABEL // 2 - 1] + "…" + name[-LABEL // 2 :]
+
+
+def _subtitle(matrix: ForgettingMatrix) -> str:
+    summary = matrix.summary()
+    parts = [f"mean {summary['mean']:+.3f}", f"{summary['share_increased']:.0%} of entries rose"]
+    noise = [
+        f"{what} {matrix.noise[key]['rms']:.1e}"
+        for key, what in (("batch_composition", "other batches"), ("wider_dtype", "wider dtype"))
+        if "rms" in matrix.noise.get(key, {})
+    ]
+    if noise:
+        parts.append(f"noise floor (rms): {', '.join(noise)}")
+    if summary["nan"]["count"]:
+        parts.append(f"{summary['nan']['count']} NaN (grey)")
+    if not matrix.complete:
+        parts.append("unfinished run")
+    return "; ".join(parts)

@@ -1,0 +1,459 @@
+r"""Cross-entropy of a linear head, row by row, without the logits in memory.
+
+    z_sv   = softcap tanh(scale (sum_h x_sh w_vh + b_v) / softcap)       (or scale (...) where there is no softcap)
+    lse_s  = log sum_v exp z_sv,    loss_s = lse_s - z_s,target(s),    hit_s = [target(s) = argmax_v z_sv]
+
+S rows, H hidden, V vocabulary. A program owns BLOCK_S rows and one split of the vocabulary; it walks the split tile by
+tile and keeps per row the running maximum and the sum of exp(z - maximum). The tile that holds a row's label also takes
+its logit, and whether a logit before it in the split is at least as large. A second kernel merges the splits in ascending
+order: no atomics, the same bits every run. The label is the argmax, ties to the lowest index, if nothing before it is at
+least as large and nothing after it is larger; so no index has to travel with the maximum.
+
+Flops 2 S H V; bytes at least (S + V) H inputs + 9 S outputs; workspace 8 bytes x splits x rows, rows in blocks.
+
+Backward: dz_sv = g_s (exp(z_sv - lse_s) - [v = target(s)]) (1 - (z_sv / softcap)^2) scale, recomputed one block
+`[R, C]` at a time, then dx += dz W and dW += dz^T x by `add_product_`: 2 S H V flops each, and 2 S H V to recompute.
+
+References: Milakov and Gimelshein, arXiv 1805.02867 (online normaliser); Wijmans et al., arXiv 2411.09009.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastforget_kernels.arithmetic import LOG2_E, cast, dot, tanh
+
+__all__ = [
+    "ProductSettings",
+    "TileSettings",
+    "add_product_",
+    "linear_cross_entropy_forward_",
+    "linear_cross_entropy_grad_logits",
+    "product_settings",
+    "tile_settings",
+    "vocabulary_splits",
+]
+
+
+@dataclass(frozen=True)
+class TileSettings:
+    """Launch settings of the kernels that compute a tile of logits."""
+
+    block_s: int
+    block_v: int
+    block_h: int
+    group_s: int  # row blocks that run beside each other: they share the tiles of the weight in the L2 cache
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ProductSettings:
+    """Launch settings of `add_product_`."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+MAX_ROWS = 16384  # rows of one launch; bounds the workspace
+MAX_SPLITS = 64  # with MAX_ROWS: 8 MB of partial results
+
+
+def tile_settings(dtype: torch.dtype, hidden: int, arch: str, *, stores_tile: bool = False) -> TileSettings:
+    """Launch settings of the two kernels that compute a tile of logits.
+
+    Args:
+        dtype: Of input and weight.
+        hidden: H.
+        arch: "sm_80", "sm_90", "sm_100" or an AMD name such as "gfx942".
+        stores_tile: For the kernel that writes the tile, not only sums over its rows.
+
+    Returns:
+        The settings. The reasons given are the compiler's reports; none is tuned on a device yet.
+    """
+    if dtype == torch.float32:
+        return TileSettings(64, 64, 16, 32, 8, 2)  # full-precision products run on the ordinary cores; 32 deep spills on sm_100
+    if arch.startswith("gfx"):
+        return TileSettings(128, 128, 32, 32, 8, 2)  # 64 KB of LDS
+    if hidden % 64:
+        return TileSettings(128, 128, 32, 32, 8, 3)  # loads need masks: wider tiles spill
+    if arch == "sm_80":
+        return TileSettings(128, 128, 64, 32, 8, 3)  # 128 x 256 spills under mma.sync
+    if arch == "sm_100" or stores_tile:
+        return TileSettings(128, 128, 64, 32, 8, 4)  # 128 x 256 spills where the accumulator changes its layout as a whole
+    return TileSettings(128, 256, 64, 32, 8, 3)  # 255 registers, no spill, 144 KB; 128 accumulators a thread
+
+
+def product_settings(dtype: torch.dtype, arch: str) -> ProductSettings:
+    """Launch settings of `add_product_`.
+
+    Args:
+        dtype: Of the factors.
+        arch: As for `tile_settings`.
+
+    Returns:
+        The settings.
+    """
+    if dtype == torch.float32:
+        return ProductSettings(64, 64, 32, 8, 8, 2)
+    if arch.startswith("gfx"):
+        return ProductSettings(128, 128, 32, 8, 8, 2)
+    if arch == "sm_80":
+        return ProductSettings(128, 128, 32, 8, 8, 4)  # 64 deep spills 16 bytes where the first factor is transposed
+    return ProductSettings(128, 128, 64, 8, 8, 3)  # at most 255 registers; 128 x 256 spills 200 to 500 bytes
+
+
+def vocabulary_splits(row_blocks: int, vocabulary_tiles: int, multiprocessors: int, group_s: int) -> int:
+    """How many splits fill the device with the fewest idle multiprocessors in the last wave.
+
+    Args:
+        row_blocks: Blocks of rows.
+        vocabulary_tiles: Tiles of the vocabulary.
+        multiprocessors: Of the device; one program runs on each.
+        group_s: Row blocks that run together. Fewer splits than fill the device from one group would let the next group
+            in, and its rows push the first group's out of the L2 cache.
+
+    Returns:
+        The number of splits, at most MAX_SPLITS.
+    """
+    fewest = min(-(-multiprocessors // min(row_blocks, group_s)), vocabulary_tiles, MAX_SPLITS)
+
+    def time(splits: int) -> int:
+        waves = -(-row_blocks * splits // multiprocessors)
+        return waves * -(-vocabulary_tiles // splits)
+
+    return min(range(fewest, min(vocabulary_tiles, MAX_SPLITS) + 1), key=lambda splits: (time(splits), splits))
+
+
+@functools.cache
+def _device_properties(device: torch.device) -> tuple[str, int]:
+    """Architecture name and number of multiprocessors."""
+    if device.type != "cuda":
+        return "sm_90", 4  # the interpreter: few programs, but more than one split
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
+    major = {8: "sm_80", 9: "sm_90"}.get(properties.major, "sm_100")
+    # Consumer Ampere, Ada and Blackwell have 100 KB of shared memory, where only the small sm_80 tiles fit.
+    return ("sm_80" if properties.shared_memory_per_block_optin < 200_000 else major), properties.multi_processor_count
+
+
+@triton.jit
+def _logits_tile(
+    input_ptr, weight_ptr, bias_ptr, s0, v0, S, H, V,
+    stride_input_s, stride_input_h, stride_weight_v, stride_weight_h, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_H: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Logits of rows s0.. and vocabulary v0..; rows and columns past the end repeat the last one."""
+    # 64-bit where a tile starts, 32-bit inside it: S x H and V x H may pass 2^31, a tile does not.
+    offs_s = tl.minimum(tl.arange(0, BLOCK_S), S - 1 - s0)
+    offs_v = tl.minimum(tl.arange(0, BLOCK_V), V - 1 - v0)
+    offs_h = tl.arange(0, BLOCK_H)
+    input_ptr += s0.to(tl.int64) * stride_input_s
+    weight_ptr += v0.to(tl.int64) * stride_weight_v
+    input_ptrs = input_ptr + offs_s[:, None] * stride_input_s + offs_h[None, :] * stride_input_h
+    weight_ptrs = weight_ptr + offs_v[None, :] * stride_weight_v + offs_h[:, None] * stride_weight_h
+    z = tl.zeros((BLOCK_S, BLOCK_V), dtype=tl.float32)
+    for h0 in range(0, H, BLOCK_H):
+        if EVEN_H:
+            x = tl.load(input_ptrs)
+            w = tl.load(weight_ptrs)
+        else:
+            x = tl.load(input_ptrs, mask=offs_h[None, :] < H - h0, other=0.0)
+            w = tl.load(weight_ptrs, mask=offs_h[:, None] < H - h0, other=0.0)
+        z = dot(x, w, z, PRECISION)
+        input_ptrs += BLOCK_H * stride_input_h
+        weight_ptrs += BLOCK_H * stride_weight_h
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + v0 + offs_v).to(tl.float32)[None, :]
+    z *= scale
+    if HAS_SOFTCAP:
+        z = softcap * tanh(z / softcap)
+    return z
+
+
+@triton.jit
+def _forward_kernel(
+    input_ptr, weight_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, target_logit_ptr, max_before_ptr,
+    S, H, V, splits, tiles_per_split,
+    stride_input_s, stride_input_h, stride_weight_v, stride_weight_h, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_H: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP_S: tl.constexpr,
+):  # fmt: skip
+    # Program order: all rows of a group on one split, then the next split, so that neighbours read the same weights.
+    pid = tl.program_id(0)
+    row_blocks = tl.cdiv(S, BLOCK_S)
+    group = pid // (GROUP_S * splits)
+    group_size = tl.minimum(row_blocks - group * GROUP_S, GROUP_S)
+    within = pid % (GROUP_S * splits)
+    s0 = (group * GROUP_S + within % group_size) * BLOCK_S
+    split = within // group_size
+
+    offs_s = s0 + tl.arange(0, BLOCK_S)
+    mask_s = offs_s < S
+    target = tl.load(target_ptr + offs_s, mask=mask_s, other=-1)
+    running_max = tl.full((BLOCK_S,), float("-inf"), dtype=tl.float32)
+    running_sum = tl.zeros((BLOCK_S,), dtype=tl.float32)
+    target_logit = tl.full((BLOCK_S,), float("-inf"), dtype=tl.float32)
+    max_before = tl.full((BLOCK_S,), float("-inf"), dtype=tl.float32)
+    first = split * tiles_per_split
+    for tile in range(tl.minimum(tiles_per_split, tl.cdiv(V, BLOCK_V) - first)):
+        v0 = (first + tile) * BLOCK_V
+        z = _logits_tile(
+            input_ptr, weight_ptr, bias_ptr, s0, v0, S, H, V,
+            stride_input_s, stride_input_h, stride_weight_v, stride_weight_h, scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, EVEN_H, PRECISION, BLOCK_S, BLOCK_V, BLOCK_H,
+        )  # fmt: skip
+        offs_v = v0 + tl.arange(0, BLOCK_V)
+        z = tl.where(offs_v[None, :] < V, z, float("-inf"))
+        # Few tiles hold a label: skip two reductions over the tile where none does.
+        label = (target - v0).to(tl.int32)
+        here = (label >= 0) & (label < BLOCK_V)
+        if tl.max(here.to(tl.int32), axis=0) > 0:
+            columns = tl.arange(0, BLOCK_V)
+            label_z = tl.max(tl.where(columns[None, :] == label[:, None], z, float("-inf")), axis=1)
+            earlier_z = tl.max(tl.where(columns[None, :] < label[:, None], z, float("-inf")), axis=1)
+            target_logit = tl.where(here, label_z, target_logit)
+            max_before = tl.where(here, tl.maximum(running_max, earlier_z), max_before)
+        tile_max = tl.max(z, axis=1)
+        new_max = tl.maximum(running_max, tile_max)
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # nothing but -inf so far: exp(-inf - 0) = 0
+        running_sum *= tl.exp2((running_max - shift) * LOG2_E)
+        running_sum += tl.sum(tl.exp2((z - shift[:, None]) * LOG2_E), axis=1)
+        running_max = new_max
+    offs_partial = split.to(tl.int64) * S + offs_s
+    tl.store(max_ptr + offs_partial, running_max, mask=mask_s)
+    tl.store(sum_ptr + offs_partial, running_sum, mask=mask_s)
+    end = tl.minimum((first + tiles_per_split) * BLOCK_V, V)
+    in_split = mask_s & (target >= first * BLOCK_V) & (target < end)
+    tl.store(target_logit_ptr + offs_s, target_logit, mask=in_split)
+    tl.store(max_before_ptr + offs_s, max_before, mask=in_split)
+
+
+@triton.jit
+def _merge_kernel(
+    loss_ptr, hit_ptr, lse_ptr, target_ptr, max_ptr, sum_ptr, target_logit_ptr, max_before_ptr, S, splits, split_width,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask_s = offs_s < S
+    target = tl.load(target_ptr + offs_s, mask=mask_s, other=0)
+    target_logit = tl.load(target_logit_ptr + offs_s, mask=mask_s, other=0.0)
+    beaten = tl.load(max_before_ptr + offs_s, mask=mask_s, other=0.0) >= target_logit
+    total_max = tl.full((BLOCK_S,), float("-inf"), dtype=tl.float32)
+    total_sum = tl.zeros((BLOCK_S,), dtype=tl.float32)
+    offs_partial = offs_s.to(tl.int64)
+    for split in range(splits):
+        split_max = tl.load(max_ptr + offs_partial, mask=mask_s, other=0.0)
+        split_sum = tl.load(sum_ptr + offs_partial, mask=mask_s, other=1.0)
+        before_label = target >= (split + 1) * split_width
+        beaten |= (split_max > target_logit) | (before_label & (split_max == target_logit))
+        new_max = tl.maximum(total_max, split_max)
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        total_sum *= tl.exp2((total_max - shift) * LOG2_E)
+        total_sum += split_sum * tl.exp2((split_max - shift) * LOG2_E)
+        total_max = new_max
+        offs_partial += S
+    lse = total_max + tl.log2(total_sum) / LOG2_E
+    tl.store(lse_ptr + offs_s, lse, mask=mask_s)
+    tl.store(loss_ptr + offs_s, lse - target_logit, mask=mask_s)
+    tl.store(hit_ptr + offs_s, (beaten == 0) & (lse - target_logit == lse - target_logit), mask=mask_s)
+
+
+@triton.jit
+def _grad_logits_kernel(
+    grad_ptr, input_ptr, weight_ptr, bias_ptr, label_ptr, lse_ptr, grad_loss_ptr, grad_sum_ptr, S, H, V,
+    stride_grad_s, stride_input_s, stride_input_h, stride_weight_v, stride_weight_h, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_H: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP_S: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    row_blocks = tl.cdiv(S, BLOCK_S)
+    tiles = tl.cdiv(V, BLOCK_V)
+    group = pid // (GROUP_S * tiles)
+    group_size = tl.minimum(row_blocks - group * GROUP_S, GROUP_S)
+    within = pid % (GROUP_S * tiles)
+    s0 = (group * GROUP_S + within % group_size) * BLOCK_S
+    v0 = within // group_size * BLOCK_V
+    z = _logits_tile(
+        input_ptr, weight_ptr, bias_ptr, s0, v0, S, H, V,
+        stride_input_s, stride_input_h, stride_weight_v, stride_weight_h, scale, softcap,
+        HAS_BIAS, HAS_SOFTCAP, EVEN_H, PRECISION, BLOCK_S, BLOCK_V, BLOCK_H,
+    )  # fmt: skip
+    offs_s = s0 + tl.arange(0, BLOCK_S)
+    offs_v = v0 + tl.arange(0, BLOCK_V)
+    mask_s = offs_s < S
+    label = tl.load(label_ptr + offs_s, mask=mask_s, other=-1)
+    lse = tl.load(lse_ptr + offs_s, mask=mask_s, other=float("inf"))
+    grad_loss = tl.load(grad_loss_ptr + offs_s, mask=mask_s, other=0.0)
+    grad_sum = tl.load(grad_sum_ptr + offs_s, mask=mask_s, other=0.0)
+    grad = grad_sum[:, None] * tl.exp2((z - lse[:, None]) * LOG2_E)
+    grad -= tl.where(offs_v[None, :] == label[:, None], grad_loss[:, None], 0.0)
+    if HAS_SOFTCAP:
+        grad *= 1.0 - (z / softcap) * (z / softcap)
+    grad *= scale
+    grad_ptrs = grad_ptr + offs_s.to(tl.int64)[:, None] * stride_grad_s + offs_v[None, :]
+    tl.store(grad_ptrs, cast(grad, grad_ptr.dtype.element_ty), mask=mask_s[:, None] & (offs_v[None, :] < V))
+
+
+@triton.jit
+def _add_product_kernel(
+    out_ptr, a_ptr, b_ptr, M, N, K, stride_out_m, stride_a_m, stride_a_k, stride_b_k, stride_b_n,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    m_blocks = tl.cdiv(M, BLOCK_M)
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    group = pid // (GROUP_M * n_blocks)
+    group_size = tl.minimum(m_blocks - group * GROUP_M, GROUP_M)
+    within = pid % (GROUP_M * n_blocks)
+    offs_m = (group * GROUP_M + within % group_size) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = within // group_size * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(offs_m, M - 1).to(tl.int64)
+    columns = tl.minimum(offs_n, N - 1).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + rows[:, None] * stride_a_m + offs_k.to(tl.int64)[None, :] * stride_a_k
+    b_ptrs = b_ptr + offs_k.to(tl.int64)[:, None] * stride_b_k + columns[None, :] * stride_b_n
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        a = tl.load(a_ptrs, mask=offs_k[None, :] < K - k0, other=0.0)
+        b = tl.load(b_ptrs, mask=offs_k[:, None] < K - k0, other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+        a_ptrs += BLOCK_K * stride_a_k
+        b_ptrs += BLOCK_K * stride_b_k
+    out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_out_m + offs_n[None, :]
+    mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+    tl.store(out_ptrs, tl.load(out_ptrs, mask=mask, other=0.0) + acc, mask=mask)
+
+
+def linear_cross_entropy_forward_(
+    loss: Tensor,
+    hit: Tensor,
+    lse: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float,
+    scale: float,
+) -> None:
+    """Write loss, hit and lse of every row; allocates its workspace, at most 9 MB.
+
+    Args:
+        loss: `[S]` float32, written; NaN where the label is outside `[0, V)`.
+        hit: `[S]` bool, written.
+        lse: `[S]` float32, written.
+        input: `[S, H]` float32, bfloat16 or float16, any strides.
+        weight: `[V, H]`, same dtype.
+        target: `[S]` int64.
+        bias: `[V]` or None.
+        softcap: 0 for none.
+        scale: Factor of the logits.
+    """
+    (rows, hidden), vocabulary = input.shape, weight.shape[0]
+    if rows == 0:
+        return
+    arch, multiprocessors = _device_properties(input.device)
+    settings = tile_settings(input.dtype, hidden, arch)
+    block = min(rows, MAX_ROWS)
+    tiles = triton.cdiv(vocabulary, settings.block_v)
+    splits = vocabulary_splits(triton.cdiv(block, settings.block_s), tiles, multiprocessors, settings.group_s)
+    tiles_per_split = triton.cdiv(tiles, splits)
+    splits = triton.cdiv(tiles, tiles_per_split)
+    partial = torch.empty(2, splits, block, dtype=torch.float32, device=input.device)
+    at_label = torch.empty(2, block, dtype=torch.float32, device=input.device)  # the label's logit, the maximum before it
+    for s in range(0, rows, block):
+        r = slice(s, min(s + block, rows))
+        size = r.stop - s
+        label = target[r].contiguous()
+        at_label.fill_(torch.nan)
+        partials = (*partial, *at_label)
+        _forward_kernel[(triton.cdiv(size, settings.block_s) * splits,)](
+            input[r], weight, bias, label, *partials, size, hidden, vocabulary, splits, tiles_per_split,
+            *input.stride(), *weight.stride(), scale, softcap, **_tile_options(settings, input, bias, softcap),
+        )  # fmt: skip
+        _merge_kernel[(triton.cdiv(size, 128),)](
+            loss[r], hit[r], lse[r], label, *partials, size, splits, tiles_per_split * settings.block_v,
+            BLOCK_S=128, num_warps=4,
+        )  # fmt: skip
+
+
+def linear_cross_entropy_grad_logits(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    label: Tensor,
+    lse: Tensor,
+    grad_loss: Tensor,
+    grad_sum: Tensor,
+    softcap: float,
+    scale: float,
+) -> Tensor:
+    """Gradient with respect to `x W^T + b` of one block of rows and columns, allocated here.
+
+    Args:
+        input: `[R, H]`.
+        weight: `[C, H]`, the block's columns.
+        bias: `[C]` or None.
+        label: `[R]` int64, relative to the block's first column.
+        lse: `[R]` float32.
+        grad_loss: `[R]` float32, gradient of the loss.
+        grad_sum: `[R]` float32, gradient of the loss plus that of the log-sum-exp.
+        softcap: 0 for none.
+        scale: Factor of the logits.
+
+    Returns:
+        `[R, C]` in the input's dtype.
+    """
+    (rows, hidden), columns = input.shape, weight.shape[0]
+    grad = input.new_empty(rows, columns)
+    settings = tile_settings(input.dtype, hidden, _device_properties(input.device)[0], stores_tile=True)
+    _grad_logits_kernel[(triton.cdiv(rows, settings.block_s) * triton.cdiv(columns, settings.block_v),)](
+        grad, input, weight, bias, label, lse, grad_loss.contiguous(), grad_sum.contiguous(), rows, hidden, columns,
+        columns, *input.stride(), *weight.stride(), scale, softcap, **_tile_options(settings, input, bias, softcap),
+    )  # fmt: skip
+    return grad
+
+
+def _tile_options(settings: TileSettings, input: Tensor, bias: Tensor | None, softcap: float) -> dict[str, object]:
+    return {
+        "HAS_BIAS": bias is not None,
+        "HAS_SOFTCAP": softcap > 0,
+        "EVEN_H": input.shape[1] % settings.block_h == 0,
+        "PRECISION": "ieee",
+        "BLOCK_S": settings.block_s,
+        "BLOCK_V": settings.block_v,
+        "BLOCK_H": settings.block_h,
+        "GROUP_S": settings.group_s,
+        "num_warps": settings.num_warps,
+        "num_stages": settings.num_stages,
+    }
+
+
+def add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """`out += a b` with a float32 accumulator in memory, which cuBLAS does not offer for 16-bit factors.
+
+    Args:
+        out: `[M, N]` float32, rows contiguous; changed in place.
+        a: `[M, K]`, any strides.
+        b: `[K, N]`, same dtype, any strides.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    settings = product_settings(a.dtype, _device_properties(a.device)[0])
+    _add_product_kernel[(triton.cdiv(m, settings.block_m) * triton.cdiv(n, settings.block_n),)](
+        out, a, b, m, n, k, out.stride(0), *a.stride(), *b.stride(), PRECISION="ieee",
+        BLOCK_M=settings.block_m, BLOCK_N=settings.block_n, BLOCK_K=settings.block_k, GROUP_M=settings.group_m,
+        num_warps=settings.num_warps, num_stages=settings.num_stages,
+    )  # fmt: skip
