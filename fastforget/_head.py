@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastforget.ops import linear_cross_entropy
 
-__all__ = ["LogitTransform", "eval_mode", "find_head", "head_weight", "swapped_forward", "verified_transform"]
+__all__ = ["LogitTransform", "eval_mode", "find_head", "head_weight", "swapped_forward", "unwrapped", "verified_transform"]
 
 
 class LogitTransform(NamedTuple):
@@ -50,6 +50,20 @@ def swapped_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[
             setattr(module, name, saved)
 
 
+def unwrapped(model: Any) -> Any:
+    """The model without DistributedDataParallel and `torch.compile` around it; PEFT stays.
+
+    Args:
+        model: A model.
+
+    Returns:
+        The model inside.
+    """
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
+    return model
+
+
 def find_head(model: nn.Module) -> nn.Module:
     """The module that turns hidden states into logits.
 
@@ -60,10 +74,11 @@ def find_head(model: nn.Module) -> nn.Module:
         The output embedding, with PEFT's wrapper if there is one.
 
     Raises:
-        ValueError: The model is none, or is an encoder-decoder, or its PEFT method adds positions.
+        ValueError: The model is none, or is an encoder-decoder, or its PEFT method adds positions, or its head is no
+            linear map with a floating-point weight.
     """
     name = type(model).__name__
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    inner = unwrapped(model)
     config = getattr(inner, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"model: expected a causal language model, got the encoder-decoder {name}")
@@ -77,10 +92,20 @@ def find_head(model: nn.Module) -> nn.Module:
             f"model: expected a causal language model with an output embedding, got {name}; "
             "load it with AutoModelForCausalLM"
         )
+    linear: Any = head
+    while hasattr(linear, "base_layer") or hasattr(linear, "original_module"):  # PEFT's wrappers
+        linear = linear.base_layer if hasattr(linear, "base_layer") else linear.original_module
+    weight = getattr(linear, "weight", None)
+    if not isinstance(linear, nn.Linear) or weight is None or not weight.is_floating_point():
+        dtype = "" if weight is None else f" with a {weight.dtype} weight"
+        raise ValueError(
+            f"model: its output embedding is a {type(linear).__name__}{dtype}; expected torch.nn.Linear in floating point. "
+            "Keep the head unquantised (llm_int8_skip_modules, modules_to_not_convert)"
+        )
     return head
 
 
-def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+def head_weight(head: Any) -> tuple[Tensor, Tensor | None]:
     """Weight `[V, H]` and bias `[V]` that the head applies now, adapters included; differentiable in the adapters.
 
     Args:
@@ -90,7 +115,7 @@ def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
         The weight and the bias or None.
 
     Raises:
-        ValueError: The head is no linear map with a floating-point weight.
+        ValueError: An adapter on the head is not a sum of the weight and a product.
     """
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):  # PEFT: a trained copy of the head
         adapters = head.active_adapters
@@ -102,14 +127,7 @@ def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
         for adapter in adapters:
             weight = weight + _adapter_delta(head, adapter).to(weight.dtype)
         return weight, bias
-    weight = getattr(head, "weight", None)
-    if not isinstance(head, nn.Linear) or weight is None or not weight.is_floating_point():
-        dtype = "" if weight is None else f" with a {weight.dtype} weight"
-        raise ValueError(
-            f"model: its output embedding is a {type(head).__name__}{dtype}; expected torch.nn.Linear in floating point. "
-            "Keep the head unquantised (llm_int8_skip_modules, modules_to_not_convert)"
-        )
-    return weight, head.bias
+    return head.weight, head.bias
 
 
 def _active_on(head: Any) -> list[str]:
@@ -197,7 +215,9 @@ def _measure_transform(
     transform = _fit_transform(type(model).__name__, _Probe.values, response)
     target = ids[0].roll(-1)
     expected = torch.logsumexp(logits, 1) - logits.gather(1, target.to(logits.device)[:, None])[:, 0]
-    tolerance = max(2 * torch.finfo(probe.hidden.dtype).eps, 1e-4) * (1 + float(logits.abs().max()))
+    device = probe.hidden.device.type
+    computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else probe.hidden.dtype
+    tolerance = max(2 * torch.finfo(computed).eps, 1e-4) * (1 + float(logits.abs().max()))
     for row, change in ((0, "a later token"), (1, "padding")):
         loss = linear_cross_entropy(
             probe.hidden[row, :-1],

@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastforget._head import LogitTransform, eval_mode, find_head, head_weight, swapped_forward, verified_transform
+from fastforget._head import (
+    LogitTransform,
+    eval_mode,
+    find_head,
+    head_weight,
+    swapped_forward,
+    unwrapped,
+    verified_transform,
+)
 from fastforget.ops import linear_cross_entropy
 
 __all__ = ["ExampleScores", "log_perplexity", "score_examples"]
@@ -123,7 +131,7 @@ def _sum_dtype(loss: Tensor) -> torch.dtype:
 
 
 def _token_losses(
-    model: nn.Module,
+    model: Any,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     labels: Tensor | None,
@@ -140,7 +148,9 @@ def _token_losses(
         with swapped_forward(head, capture):
             _forward(model, rows.input_ids, rows.position_ids, rows.attention_mask)
     if capture.loss is None or capture.hit is None:
-        raise ValueError(f"model: {type(model).__name__}'s forward never called its output embedding {type(head).__name__}")
+        raise ValueError(
+            f"model: {type(model).__name__}'s forward never called its output embedding {type(head).__name__}"
+        )
     return rows, capture.loss, capture.hit
 
 
@@ -163,7 +173,7 @@ class _HeadLoss:
         target = self.target.to(hidden.device)
         is_target = target != IGNORE
         weight, bias = head_weight(self.head)
-        loss, hit, _ = linear_cross_entropy(
+        result = linear_cross_entropy(
             hidden[is_target],
             weight,
             target[is_target],
@@ -172,23 +182,22 @@ class _HeadLoss:
             scale=self.transform.scale,
             impl=self.impl,
         )
-        self.loss = loss.new_zeros(target.shape).index_put((is_target,), loss)  # [B, T]
-        self.hit = torch.zeros_like(is_target).index_put((is_target,), hit)
+        self.loss = result.loss.new_zeros(target.shape).index_put((is_target,), result.loss)  # [B, T]
+        self.hit = torch.zeros_like(is_target).index_put((is_target,), result.hit)
         return hidden.new_zeros(*hidden.shape[:-1], 1)
 
 
-def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Any:
+def _forward(model: Any, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Any:
     """One call of the model, with the arguments that it takes."""
-    inner = model
-    while isinstance(inner, nn.parallel.DistributedDataParallel) or hasattr(inner, "get_base_model"):
-        inner = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner.get_base_model()
-    taken = inspect.signature(getattr(inner, "_orig_mod", inner).forward).parameters
+    inner = unwrapped(model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT's forward takes anything
+    taken = inspect.signature(inner.forward).parameters
     arguments = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
     return model(input_ids=input_ids, **{k: v for k, v in arguments.items() if k in taken}, return_dict=True)
 
 
 def _check_batch(
-    model: nn.Module,
+    model: Any,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     labels: Tensor | None,
@@ -206,8 +215,8 @@ def _check_batch(
             raise ValueError(f"{name}: expected device {input_ids.device} like input_ids, got {tensor.device}")
     if not input_ids.numel():
         return
-    tokens = model.get_input_embeddings().weight.shape[0]
-    classes = model.get_output_embeddings().weight.shape[0]
+    tokens = unwrapped(model).get_input_embeddings().weight.shape[0]
+    classes = unwrapped(model).get_output_embeddings().weight.shape[0]
     for name, tensor, bound, lowest in (("input_ids", input_ids, tokens, 0), ("labels", labels, classes, IGNORE)):
         if tensor is None:
             continue

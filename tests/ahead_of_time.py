@@ -13,10 +13,9 @@ import tempfile
 from pathlib import Path
 
 import triton
+from kernel_registry import OPERATIONS, Compilation
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from kernel_registry import OPERATIONS, Compilation
 
 TENSOR_CORE_INSTRUCTION = {
     "sm_80": "mma.sync",

@@ -84,6 +84,21 @@ def test_matrix_defaults_are_those_of_the_function(recorded, monkeypatch):
     assert {name: recorded[0][name] for name in defaults} == defaults
 
 
+@pytest.mark.parametrize(
+    ("flag", "changed"),
+    [
+        ("--eos", {"eos": True}),
+        ("--skip-empty", {"skip_empty": True}),
+        ("--no-check-adapter-base", {"check_adapter_base": False}),
+        ("--no-progress", {"progress": False}),
+    ],
+)
+def test_matrix_flag_changes_one_argument(flag, changed, recorded, monkeypatch):
+    assert run_main(monkeypatch, *MATRIX) == run_main(monkeypatch, *MATRIX, flag) == 0
+    assert recorded[1] == recorded[0] | changed
+    assert recorded[1] != recorded[0]
+
+
 def test_demo_passes_its_options_on(recorded, monkeypatch):
     assert run_main(monkeypatch, "demo", "--out", "d", "--device", "cpu", "--seed", "3", "--quick") == 0
     assert recorded == [{"out": Path("d"), "device": "cpu", "seed": 3, "quick": True}]

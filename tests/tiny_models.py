@@ -1,13 +1,17 @@
-"""Tiny models, adapters and a tokenizer, made on the spot and saved as transformers and PEFT save them."""
+"""Tiny models, adapters, a tokenizer and matrices, made on the spot and saved as transformers and PEFT save them."""
 
+import json
 import warnings
 from functools import cache
 from pathlib import Path
 from pydoc_data import topics
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fastforget.matrix import ForgettingMatrix, forgetting_matrix
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -103,7 +107,7 @@ def save_adapter(base: Path, folder: Path, seed: int = 2, scale: float = 0.1, **
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers has deprecated
+            warnings.simplefilter("ignore")  # PEFT calls what transformers has deprecated, and advises on tied weights
             model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(**settings))
         with torch.no_grad():
             for parameter in model.parameters():
@@ -111,3 +115,51 @@ def save_adapter(base: Path, folder: Path, seed: int = 2, scale: float = 0.1, **
                     parameter += scale * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return folder
+
+
+def matrix_of(values, **changes) -> ForgettingMatrix:
+    """A finished matrix with these values."""
+    m, n = np.shape(values)
+    fields = {
+        "values": np.asarray(values, dtype=float),
+        "base": np.zeros(n),
+        "exact": np.full((m, n), np.nan, np.float32),
+        "base_exact": np.zeros(n, bool),
+        "tasks": [f"task {i}" for i in range(m)],
+        "examples": [f"example {j}" for j in range(n)],
+        "texts": [""] * n,
+        "tokens": np.ones(n, int),
+        "targets": np.ones(n, int),
+        "noise": {},
+        "complete": True,
+        "unfinished": np.zeros((m, n), bool),
+        "about": {"about": {"truncated": 0, "skipped": []}},
+    }
+    return ForgettingMatrix(**(fields | changes))
+
+
+def save_world(folder: Path) -> Path:
+    """A base, two checkpoints, an adapter and 40 upstream examples, for tests that only read them."""
+    base = save_base(folder / "base")
+    save_tuned(base, folder / "full")
+    save_tuned(base, folder / "other", seed=3)
+    save_adapter(base, folder / "lora")
+    rows = [{"text": text} for text in texts()[:30]]
+    rows += [{"prompt": text[:20], "response": text[20:60]} for text in texts()[30:40]]
+    (folder / "upstream.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def build(world: Path, out: Path, tasks=("full", "lora"), **settings) -> ForgettingMatrix:
+    """The matrix of some tasks of a world, or of other paths."""
+    return forgetting_matrix(
+        **({"base": world / "base", "upstream": world / "upstream.jsonl", "noise_examples": 1} | settings),
+        tasks=[world / task if task in ("full", "other", "lora", "forgot", "gone") else task for task in tasks],
+        out=out,
+        progress=False,
+    )
+
+
+def units_of(out: Path) -> dict[str, bytes]:
+    """The files of the finished units, bit for bit."""
+    return {path.name: path.read_bytes() for path in sorted((out / "units").iterdir())}

@@ -18,11 +18,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from fastforget.demo.text import MIN_CHARACTERS, TASKS, UPSTREAM, Document, Domain, sample, split_examples
-from fastforget.matrix.store import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ class Size:
     max_length: int = 256
     row: int = 128
     batch_size: int = 4
-    base_tokens: int = 900_000
+    base_tokens: int = 800_000
     task_tokens: int = 36_000
     upstream_characters: int = 480_000
     task_characters: int = 150_000
@@ -69,8 +69,8 @@ class Size:
 QUICK = Size(
     vocabulary=1024,
     hidden=64,
-    base_tokens=60_000,
-    task_tokens=4_000,
+    base_tokens=150_000,
+    task_tokens=6_000,
     upstream_characters=60_000,
     task_characters=30_000,
     tasks=MIN_TASKS,
@@ -97,6 +97,9 @@ def run(out: str | os.PathLike[str], *, device: str | None = None, seed: int = 0
     """
     if find_spec("peft") is None:
         raise ImportError("peft: expected to be installed, got none; pip install 'fastforget[demo]'")
+    # Threads that wait are to sleep: where other programs share the cores, spinning made training at least four times
+    # slower. The variable is read once, when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,7 +134,7 @@ class _Demo:
         self._stage("base", self.out / "base", partial(self._train_base, upstream))
         self._title(4, "Fine-tuning", f"{len(tasks)} copies of it each learn one other kind of text")
         for task in tasks:
-            self._stage(f"task {task.name}", self._task_folder(task), partial(self._fine_tune, task))
+            self._stage(task.name, self._task_folder(task), partial(self._fine_tune, task))
         self._title(5, "Forgetting matrix", f"{len(tasks)} models x {self.size.examples} upstream examples")
         matrix = self._matrix(tasks)
         self._title(6, "Report", "what the numbers say")
@@ -142,7 +145,9 @@ class _Demo:
         here = {"device": self.device, "seed": self.seed, **asdict(self.size)}
         if not path.exists():
             if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
-                raise ValueError(f"out: expected a new folder or one of an earlier demo, got {self.out}; choose another")
+                raise ValueError(
+                    f"out: expected a new folder or one of an earlier demo, got {self.out}; choose another"
+                )
             self.out.mkdir(parents=True, exist_ok=True)
             _write_text(path, json.dumps(here, indent=1))
         there = _read_json(path, {})
@@ -153,7 +158,7 @@ class _Demo:
                 "choose another folder or delete it"
             )
 
-    def _collect_text(self, folder: Path) -> None:
+    def _collect_text(self, folder: Path) -> str:
         chosen = [("upstream", domain, self.size.upstream_characters) for domain in UPSTREAM]
         chosen += [("tasks", domain, self.size.task_characters) for domain in TASKS[: self.size.tasks]]
         for group, domain, characters in chosen:
@@ -161,15 +166,15 @@ class _Demo:
                 documents = sample(domain.find(), characters, self.seed)
             except (ImportError, OSError, SyntaxError) as error:  # some distributions leave modules out
                 documents = []
-                self.console.print(f"    {domain.name}: {error}", style="yellow", markup=False)
+                self._say(domain.name, f"{type(error).__name__}: {error}")
             total = sum(len(document.text) for document in documents)
             if total < MIN_CHARACTERS:
-                self.console.print(f"    {domain.name}: left out, there is too little text here", style="yellow")
+                self._say(domain.name, "left out: there is too little of it here")
                 continue
             rows = [json.dumps(asdict(document)) for document in documents]
             (folder / group).mkdir(parents=True, exist_ok=True)
             (folder / group / f"{domain.name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
-            self.console.print(f"    {group:9}{domain.name:15}{total:>8,} characters: {domain.about}", highlight=False)
+            self._say(domain.name, f"{total:>8,} characters: {domain.about}")
         found = {group: len(list((folder / group).glob("*"))) for group in ("upstream", "tasks")}
         for group, least in (("upstream", MIN_UPSTREAM_DOMAINS), ("tasks", MIN_TASKS)):
             if found[group] < least:
@@ -177,6 +182,7 @@ class _Demo:
                     f"text: expected {least} kinds of text for {group}, got {found[group]}; "
                     "use a Python whose standard library is installed with its source"
                 )
+        return f"{found['upstream']} upstream domains, and {found['tasks']} tasks that are none of them"
 
     def _domains(self, group: str, known: tuple[Domain, ...]) -> list[Domain]:
         return [domain for domain in known if (self.out / "text" / group / f"{domain.name}.jsonl").exists()]
@@ -185,14 +191,14 @@ class _Demo:
         rows = (self.out / "text" / group / f"{domain.name}.jsonl").read_text(encoding="utf-8").split("\n")
         return [Document(**json.loads(row)) for row in rows]
 
-    def _train_tokenizer(self, domains: list[Domain], folder: Path) -> None:
+    def _train_tokenizer(self, domains: list[Domain], folder: Path) -> str:
         from fastforget.demo.training import train_tokenizer
 
         texts = [document.text for domain in domains for document in self._documents("upstream", domain)]
         train_tokenizer(texts, self.size.vocabulary, self.size.max_length).save_pretrained(folder)
-        self.console.print(f"    {self.size.vocabulary:,} entries, trained on the upstream domains")
+        return f"{self.size.vocabulary:,} entries"
 
-    def _choose_examples(self, domains: list[Domain], path: Path) -> None:
+    def _choose_examples(self, domains: list[Domain], path: Path) -> str:
         rows = []
         for i, domain in enumerate(domains):
             examples = split_examples(self._documents("upstream", domain), self.seed)
@@ -201,7 +207,7 @@ class _Demo:
                 place, text = examples[k * len(examples) // count]
                 rows.append(json.dumps({"id": f"{domain.name}/{place}", "text": text}))
         path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-        self.console.print(f"    {len(rows)} examples from {len(domains)} domains of the base's own training text")
+        return f"{len(rows)} examples from {len(domains)} domains of the base's own training text"
 
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -216,7 +222,7 @@ class _Demo:
         rows = pack(documents, tokenizer, self.size.row)
         return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))]
 
-    def _train_base(self, domains: list[Domain], folder: Path) -> None:
+    def _train_base(self, domains: list[Domain], folder: Path) -> str:
         from fastforget.demo.training import train_base
 
         tokenizer = self._tokenizer()
@@ -225,13 +231,12 @@ class _Demo:
         rows = self._rows(documents, tokenizer)
         with self._bar("base", self.size.base_tokens) as on_step:
             record = train_base(folder, tokenizer, rows, size, **self._training(self.size.base_tokens, on_step))
-        self.console.print(
-            f"    {record['parameters'] / 1e6:.1f} million parameters, {record['tokens']:,} tokens, "
-            f"held-out loss {record['loss_after']:.2f} nats per token",
-            highlight=False,
+        return (
+            f"{record['parameters'] / 1e6:.1f} million parameters, {record['tokens']:,} tokens, "
+            f"held-out loss {record['loss_after']:.2f} nats per token"
         )
 
-    def _fine_tune(self, task: Domain, folder: Path) -> None:
+    def _fine_tune(self, task: Domain, folder: Path) -> str:
         from fastforget.demo.training import fine_tune
 
         tokenizer = self._tokenizer()
@@ -239,11 +244,7 @@ class _Demo:
         with self._bar(task.name, self.size.task_tokens) as on_step:
             settings = self._training(self.size.task_tokens, on_step)
             record = fine_tune(folder, base, tokenizer, rows, task.kind, **settings)
-        self.console.print(
-            f"    {task.name:12}{task.kind:9}held-out loss {record['loss_before']:.2f} -> {record['loss_after']:.2f}"
-            f"   {task.about}",
-            highlight=False,
-        )
+        return f"{task.kind:9}its held-out loss {record['loss_before']:.2f} -> {record['loss_after']:.2f}"
 
     def _training(self, tokens: int, on_step: Callable[[int, float], None]) -> dict[str, Any]:
         return {
@@ -263,42 +264,45 @@ class _Demo:
 
         start = time.perf_counter()
         matrix = forgetting_matrix(**matrix_settings(self.out, tasks, self.device))
-        self._finished("matrix", start)
+        self._finished("matrix", f"mean {np.nanmean(matrix.values):+.3f} nats per token", start)
         return matrix
 
     def _title(self, number: int, name: str, about: str) -> None:
         self.console.print(f"\n[bold]{number}/6 {name}[/bold]: {about}", highlight=False)
 
-    def _stage(self, name: str, target: Path, build: Callable[[Path], None]) -> None:
-        """Build a file or a folder under a temporary name, unless it is there already."""
+    def _stage(self, name: str, target: Path, build: Callable[[Path], str]) -> None:
+        """Build a file or a folder under a temporary name, unless it is there; `build` returns what to say about it."""
         if target.exists():
-            self.console.print(f"    {name}: finished earlier, kept", style="dim")
+            self._say(name, "finished earlier, kept")
             return
         start = time.perf_counter()
         temporary = target.with_name(f".tmp-{target.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        build(temporary)
+        about = build(temporary)
         for path in (temporary, *temporary.rglob("*")):
             if path.is_file():
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
         temporary.replace(target)
-        self._finished(name, start)
+        self._finished(name, about, start)
 
-    def _finished(self, name: str, start: float) -> None:
+    def _finished(self, name: str, about: str, start: float) -> None:
         seconds = time.perf_counter() - start
         if name not in self.seconds:  # a second visit only looks at what is there
             self.seconds[name] = seconds
             _write_text(self.out / "seconds.json", json.dumps(self.seconds, indent=1))
-        self.console.print(f"    {name}: {seconds:.1f} s", style="dim")
+        self._say(name, f"{about} ({seconds:.1f} s)")
+
+    def _say(self, name: str, about: str) -> None:
+        self.console.print(f"    {name:15}{about}", highlight=False, markup=False)
 
     @contextmanager
     def _bar(self, name: str, tokens: int):
         columns = [TextColumn("    {task.description:12}"), BarColumn(), TaskProgressColumn()]
         columns += [TextColumn("{task.fields[state]}"), TimeRemainingColumn()]
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task, start, seen = bar.add_task(name, total=tokens, state=""), time.perf_counter(), 0
 
             def on_step(step_tokens: int, loss: float) -> None:
@@ -329,4 +333,6 @@ def _read_json(path: Path, default: Any) -> Any:
 
 
 def _write_text(path: Path, text: str) -> None:
+    from fastforget.matrix.store import write_atomically
+
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

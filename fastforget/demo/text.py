@@ -243,7 +243,7 @@ def split_examples(documents: Iterable[Document], seed: int) -> list[tuple[str, 
     draw = random.Random(seed)
     examples = []
     for document in documents:
-        lines = document.text.splitlines(keepends=True)
+        lines = io.StringIO(document.text).readlines()  # str.splitlines would count form feeds, editors do not
         start, text, wanted = 1, "", draw.uniform(*EXAMPLE_CHARACTERS)
         for number, line in enumerate([*lines, "\n"], 1):
             full = len(text) + len(line) > MAX_EXAMPLE_CHARACTERS

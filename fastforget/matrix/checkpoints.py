@@ -245,7 +245,8 @@ def tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
                 shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         except Exception as error:  # safetensors, zipfile and pickle each have their own
             raise ValueError(
-                f"{checkpoint.label}: cannot read {path}: {error}; the file is damaged, copy the checkpoint again"
+                f"{checkpoint.label}: cannot read {path}: {str(error).splitlines()[0]}; the file is damaged, copy the "
+                "checkpoint again"
             ) from error
     return shapes
 

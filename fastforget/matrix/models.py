@@ -35,7 +35,13 @@ class ResidentModel:
         self.config = load_config(base)
         self.dtype = dtype
         tensor_shapes(base)  # says which file is damaged, where transformers may not
-        self.model: nn.Module = _from_pretrained(base, dtype).to(device).eval()
+        try:
+            self.model: nn.Module = _from_pretrained(base, dtype).to(device).eval()
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"base: expected a model that fits on {device}, got {base.path} in {dtype}: "
+                f"{str(error).splitlines()[0]}; choose a narrower dtype or another device"
+            ) from error
         self._modules = [(m, dict(m._modules), dict(m._parameters)) for m in self.model.modules()]
         self._holds_base = True
 
@@ -172,8 +178,8 @@ class ResidentModel:
 
     @torch.no_grad()
     def _load(self, checkpoint: Checkpoint) -> None:
-        """Copy a full checkpoint's tensors into the model, one at a time where the names are the model's own."""
-        from safetensors import safe_open
+        # One tensor at a time where the names are the model's own.
+        from safetensors import SafetensorError, safe_open
 
         state = self.model.state_dict()
         files = weight_files(checkpoint)
@@ -189,9 +195,14 @@ class ResidentModel:
             return
         written: dict[Any, str] = {}
         for path in files:
-            with safe_open(path, framework="pt") as file:
-                for name in sorted(file.keys()):
-                    self._copy(checkpoint, {name: state[name]}, {name: file.get_tensor(name)}, written)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in sorted(file.keys()):
+                        self._copy(checkpoint, {name: state[name]}, {name: file.get_tensor(name)}, written)
+            except (OSError, SafetensorError) as error:  # it was readable when the run began
+                raise ValueError(
+                    f"{checkpoint.label}: cannot read {path}: {error}; copy the checkpoint again"
+                ) from error
 
     def _copy(
         self,

@@ -174,7 +174,7 @@ def _check_row(row: Row) -> None:
         if last is None or not isinstance(last.get("content"), str):
             raise ValueError(
                 f"upstream: {row.where}: expected an assistant turn whose content is a string, got "
-                f"{'none' if last is None else last.get('content')!r}; correct the row"
+                f"{'none' if last is None else repr(last.get('content'))}; correct the row"
             )
 
 

@@ -92,11 +92,9 @@ def forgetting_matrix(
     References:
         Jin and Ren, Demystifying Language Model Forgetting with Low-rank Example Associations, arXiv 2406.14026.
     """
-    for name, value in (("max_length", max_length), ("tokens_per_batch", tokens_per_batch)):
-        if value is not None and (not isinstance(value, int) or value < 2 - (name == "tokens_per_batch")):
-            raise ValueError(
-                f"{name}: expected a positive number of tokens, got {value!r}; leave it out for the default"
-            )
+    for name, value, least in (("max_length", max_length, 2), ("tokens_per_batch", tokens_per_batch, 1)):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{name}: expected {least} tokens or more, got {value!r}; leave it out for the default")
     if not isinstance(noise_examples, int) or noise_examples < 0:
         raise ValueError(f"noise_examples: expected 0 or more, got {noise_examples!r}; 0 measures no noise floor")
     paths = named_tasks(tasks)
@@ -272,6 +270,7 @@ class _Run:
                         scores = self._score_unit(model, unit, bar)
                         store.write_unit(unit, self.shards[unit.shard], vars(scores))
                     if is_base and not store.noise_file.exists():
+                        bar.describe("noise floor")
                         store.write_json(store.noise_file, self._noise(model))
         if not store.events("finished"):
             store.record("finished", units=len(self.units))

@@ -11,7 +11,8 @@ from fastforget import perplexity
 from fastforget.matrix.upstream import Upstream
 
 IGNORE = -100
-CPU_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "cannot allocate memory")
+# What plain RuntimeErrors say: the CPU's allocator, CUDA's driver, cuBLAS.
+OUT_OF_MEMORY = ("not enough memory", "allocate memory", "out of memory", "cublas_status_alloc_failed")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def joined(parts: list[Scores]) -> Scores:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; on the CPU torch raises a plain RuntimeError.
+    """Whether an error says that memory ran out.
 
     Args:
         error: what a forward raised.
@@ -85,7 +86,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in CPU_OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY)
 
 
 def free_memory() -> None:

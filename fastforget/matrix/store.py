@@ -151,7 +151,7 @@ class Store:
         with open(path, "ab") as file:
             try:
                 _lock(file.fileno())
-            except OSError as error:
+            except (BlockingIOError, PermissionError) as error:
                 raise ValueError(
                     f"out: expected a folder that nobody writes to, got {self.out}, in use by another run; wait for it "
                     "or choose another folder"

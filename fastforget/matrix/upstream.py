@@ -86,7 +86,7 @@ def load_upstream(
     """
     rows = read_rows(upstream, split=split, config=config)
     ids = row_ids(rows)
-    fingerprint = content_hash([row.fields for row in rows])
+    fingerprint = content_hash([content_hash(row.fields) for row in rows])
     key = content_hash([CACHE_VERSION, fingerprint, tokenizer_fingerprint(tokenizer), max_length, eos])
     table = _cached(key)
     if table is None:
@@ -144,7 +144,7 @@ def _tokenise(rows: list[Row], tokenizer: Any, max_length: int | None, eos: bool
                 ids, first = context + answer, len(context)
             cut = ids[:max_length]
             texts.append("".join(part) or row.fields["text"])
-            tokens.append(cut)
+            tokens.append(np.array(cut, dtype=np.int32))  # a list of ints takes ten times the memory
             first_target.append(max(1, first))
             truncated.append(len(cut) < len(ids))
     return pa.table(

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 
 __all__ = ["resolve"]
 
-
-@functools.cache
-def _triton_problem() -> str | None:
-    """Why Triton cannot be used at all here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (it exists for Linux only)"
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"Triton does not import: {error}"
-    return None
-
-
-@functools.cache
-def _interpreting() -> bool:
-    if _triton_problem():
-        return False
+# Settled at import: a cached function would warn under torch.compile, which traces `resolve`.
+_TRITON_PROBLEM: str | None = None
+_INTERPRETING = False
+try:
     from triton import knobs
 
-    return bool(knobs.runtime.interpret)
+    _INTERPRETING = bool(knobs.runtime.interpret)
+except ImportError as error:
+    _TRITON_PROBLEM = f"Triton does not import ({error}); it exists for Linux only"
 
 
 def resolve(impl: str, device: torch.device) -> tuple[str, str]:
@@ -49,14 +35,14 @@ def resolve(impl: str, device: torch.device) -> tuple[str, str]:
     if impl == "torch":
         return "torch", "asked for"
     on_gpu = device.type == "cuda"  # ROCm devices are called "cuda" by torch too
-    problem = _triton_problem()
+    problem = _TRITON_PROBLEM
     if impl == "auto":
         if not on_gpu:
             return "torch", f"Triton kernels run on CUDA and ROCm devices, not on {device.type}"
         return ("torch", problem) if problem else ("triton", f"{device.type} device with Triton")
     if problem:
         raise ValueError(f'impl: expected a usable implementation, got "triton", but {problem}; pass impl="torch"')
-    if not on_gpu and not (device.type == "cpu" and _interpreting()):
+    if not on_gpu and not (device.type == "cpu" and _INTERPRETING):
         raise ValueError(
             f'impl: "triton" needs tensors on a CUDA or ROCm device, got {device.type}; move them there, or pass '
             'impl="torch" (to interpret the kernels on the CPU, set TRITON_INTERPRET=1 before Python starts)'

@@ -139,11 +139,11 @@ def _forward(
     _check_labels(target, weight.shape[0], ignore_index)
     loss, hit, lse = _empty_results(input)
     if impl == "triton":
-        from fastforget_kernels.linear_cross_entropy import linear_cross_entropy_forward_
-
-        linear_cross_entropy_forward_(loss, hit, lse, input, weight, target, bias, softcap, scale)
+        from fastforget_kernels.linear_cross_entropy import linear_cross_entropy_forward_ as forward_
     else:
-        _torch_forward_(loss, hit, lse, input, weight, target, bias, softcap, scale)
+        forward_ = _torch_forward_
+    with torch.autocast(input.device.type, enabled=False):  # the inputs are cast already; sums stay in float32
+        forward_(loss, hit, lse, input, weight, target, bias, softcap, scale)
     ignored = target == ignore_index
     loss.masked_fill_(ignored, 0.0)
     hit.masked_fill_(ignored, False)
@@ -184,40 +184,41 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # dL/dz_sv = (grad_loss + grad_lse) p_sv - grad_loss [v = target]; an ignored row has no loss, but it has an lse.
     grad_loss = torch.where(target == ignore_index, 0, grad_loss)
-    grad_sum = grad_loss + grad_lse
-    block_rows, block_columns = (_TORCH_ROWS, _TORCH_COLUMNS)
-    grad_logits, add_product_ = _torch_grad_logits, _torch_add_product_
     if impl == "triton":
-        from fastforget_kernels import linear_cross_entropy as kernels
+        from fastforget_kernels.linear_cross_entropy import add_product_
+        from fastforget_kernels.linear_cross_entropy import linear_cross_entropy_grad_logits as grad_logits
 
-        block_rows, block_columns = (_TRITON_ROWS, _TRITON_COLUMNS)
-        grad_logits, add_product_ = kernels.linear_cross_entropy_grad_logits, kernels.add_product_
-    rows, hidden = input.shape
+        block = _TRITON_ROWS, _TRITON_COLUMNS
+    else:
+        block, grad_logits, add_product_ = (_TORCH_ROWS, _TORCH_COLUMNS), _torch_grad_logits, _torch_add_product_
+    rows, classes = input.shape[0], weight.shape[0]
     accumulator = _accumulator(input.dtype)
-    grad_input = input.new_zeros((rows, hidden) if need_input else 0, dtype=accumulator)
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
-    grad_bias = weight.new_empty(weight.shape[0]) if need_bias else weight.new_empty(0)
-    for v in range(0, weight.shape[0], block_columns):
-        columns = slice(v, v + block_columns)
-        weight_block = weight[columns]  # [C, H]
-        weight_sum = weight.new_zeros(weight_block.shape if need_weight else 0, dtype=accumulator)
-        bias_sum = weight.new_zeros(weight_block.shape[0], dtype=accumulator)
-        for s in range(0, rows, block_rows):
-            r = slice(s, s + block_rows)
-            grad = grad_logits(
-                input[r], weight_block, None if bias is None else bias[columns],
-                target[r] - v, lse[r], grad_loss[r], grad_sum[r], softcap, scale,
-            )  # [R, C]  # fmt: skip
-            if need_input:
-                add_product_(grad_input[r], grad, weight_block)
+    grad_input = input.new_zeros(input.shape if need_input else 0, dtype=accumulator)
+    grad_weight = (
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
+    )
+    grad_bias = weight.new_empty(classes if need_bias else 0)
+    with torch.autocast(input.device.type, enabled=False):
+        for v in range(0, classes, block[1]):
+            columns = slice(v, v + block[1])
+            weight_block = weight[columns]  # [C, H]
+            bias_block = None if bias is None else bias[columns]
+            weight_sum = weight.new_zeros(weight_block.shape if need_weight else 0, dtype=accumulator)
+            bias_sum = weight.new_zeros(weight_block.shape[0], dtype=accumulator)
+            for s in range(0, rows, block[0]):
+                r = slice(s, s + block[0])
+                row_block = (target[r] - v, lse[r], grad_loss[r], grad_loss[r] + grad_lse[r])
+                grad = grad_logits(input[r], weight_block, bias_block, *row_block, softcap, scale)  # [R, C]
+                if need_input:
+                    add_product_(grad_input[r], grad, weight_block)
+                if need_weight:
+                    add_product_(weight_sum, grad.T, input[r])
+                if need_bias:
+                    bias_sum += grad.sum(0, dtype=accumulator)
             if need_weight:
-                add_product_(weight_sum, grad.T, input[r])
+                grad_weight[columns] = weight_sum
             if need_bias:
-                bias_sum += grad.sum(0, dtype=accumulator)
-        if need_weight:
-            grad_weight[columns] = weight_sum
-        if need_bias:
-            grad_bias[columns] = bias_sum
+                grad_bias[columns] = bias_sum
     return grad_input.to(input.dtype), grad_weight, grad_bias
 
 
@@ -298,25 +299,26 @@ def _torch_forward_(
         input_block, target_block = input[r].to(loss.dtype), target[r]
         running_max = torch.full_like(loss[r], -torch.inf)  # [R]
         running_sum = torch.zeros_like(running_max)
-        argmax = torch.full_like(target_block, -1)
         target_logit = torch.full_like(running_max, torch.nan)
+        max_before = torch.full_like(running_max, -torch.inf)  # of the logits before the label
         for v in range(0, weight.shape[0], _TORCH_COLUMNS):
             columns = slice(v, v + _TORCH_COLUMNS)
             bias_block = None if bias is None else bias[columns]
             logits = _torch_logits(input_block, weight[columns].to(loss.dtype), bias_block, softcap, scale)  # [R, C]
             label = target_block - v
-            here = (label >= 0) & (label < logits.shape[1])
-            candidate = logits.gather(1, label.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-            target_logit = torch.where(here, candidate, target_logit)
-            block_max, block_argmax = logits.max(1)
-            argmax = torch.where(block_max > running_max, block_argmax + v, argmax)
-            new_max = torch.maximum(running_max, block_max)
+            here = ((label >= 0) & (label < logits.shape[1])).nonzero()[:, 0]
+            label, labelled = label[here, None], logits[here]
+            target_logit[here] = labelled.gather(1, label)[:, 0]
+            before = torch.arange(logits.shape[1], device=label.device) < label
+            max_before[here] = running_max[here].maximum(labelled.masked_fill_(~before, -torch.inf).amax(1))
+            new_max = running_max.maximum(logits.amax(1))
             shift = new_max.masked_fill(new_max == -torch.inf, 0.0)  # a row of -inf so far: exp(-inf - 0) = 0
             running_sum = running_sum * (running_max - shift).exp_() + logits.sub_(shift[:, None]).exp_().sum(1)
             running_max = new_max
         lse[r] = running_max + running_sum.log()
         loss[r] = lse[r] - target_logit
-        hit[r] = (argmax == target_block) & ~lse[r].isnan()
+        # As in the kernel: nothing before the label is as large, nothing anywhere larger; twice as fast as an argmax.
+        hit[r] = (max_before < target_logit) & (running_max <= target_logit) & ~loss[r].isnan()
 
 
 def _torch_grad_logits(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 __all__ = ["INTERPRETING", "LOG2_E", "cast", "dot", "tanh"]
 
-INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETING = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -24,7 +25,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
     """Float32 `x` rounded to the nearest DTYPE, ties to even."""
-    if INTERPRETING and DTYPE == tl.bfloat16:  # the interpreter truncates
+    if INTERPRETING and tl.bfloat16 == DTYPE:  # the interpreter truncates
         bits = x.to(tl.int32, bitcast=True)
         x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return x.to(DTYPE)

@@ -17,6 +17,9 @@ Backward: dz_sv = g_s (exp(z_sv - lse_s) - [v = target(s)]) (1 - (z_sv / softcap
 References: Milakov and Gimelshein, arXiv 1805.02867 (online normaliser); Wijmans et al., arXiv 2411.09009.
 """
 
+# pyright: reportCallIssue=false
+# (a launch passes num_warps and num_stages, which are no parameters of the kernel's Python function)
+
 from __future__ import annotations
 
 import functools
@@ -82,7 +85,9 @@ def tile_settings(dtype: torch.dtype, hidden: int, arch: str, *, stores_tile: bo
         The settings. The reasons given are the compiler's reports; none is tuned on a device yet.
     """
     if dtype == torch.float32:
-        return TileSettings(64, 64, 16, 32, 8, 2)  # full-precision products run on the ordinary cores; 32 deep spills on sm_100
+        return TileSettings(
+            64, 64, 16, 32, 8, 2
+        )  # full-precision products run on the ordinary cores; 32 deep spills on sm_100
     if arch.startswith("gfx"):
         return TileSettings(128, 128, 32, 32, 8, 2)  # 64 KB of LDS
     if hidden % 64:
@@ -90,7 +95,9 @@ def tile_settings(dtype: torch.dtype, hidden: int, arch: str, *, stores_tile: bo
     if arch == "sm_80":
         return TileSettings(128, 128, 64, 32, 8, 3)  # 128 x 256 spills under mma.sync
     if arch == "sm_100" or stores_tile:
-        return TileSettings(128, 128, 64, 32, 8, 4)  # 128 x 256 spills where the accumulator changes its layout as a whole
+        return TileSettings(
+            128, 128, 64, 32, 8, 4
+        )  # 128 x 256 spills where the accumulator changes its layout as a whole
     return TileSettings(128, 256, 64, 32, 8, 3)  # 255 registers, no spill, 144 KB; 128 accumulators a thread
 
 
@@ -126,13 +133,17 @@ def vocabulary_splits(row_blocks: int, vocabulary_tiles: int, multiprocessors: i
     Returns:
         The number of splits, at most MAX_SPLITS.
     """
-    fewest = min(-(-multiprocessors // min(row_blocks, group_s)), vocabulary_tiles, MAX_SPLITS)
+    fewest = min(_cdiv(multiprocessors, min(row_blocks, group_s)), vocabulary_tiles, MAX_SPLITS)
 
     def time(splits: int) -> int:
-        waves = -(-row_blocks * splits // multiprocessors)
-        return waves * -(-vocabulary_tiles // splits)
+        waves = _cdiv(row_blocks * splits, multiprocessors)
+        return waves * _cdiv(vocabulary_tiles, splits)
 
     return min(range(fewest, min(vocabulary_tiles, MAX_SPLITS) + 1), key=lambda splits: (time(splits), splits))
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 @functools.cache
@@ -368,23 +379,25 @@ def linear_cross_entropy_forward_(
     arch, multiprocessors = _device_properties(input.device)
     settings = tile_settings(input.dtype, hidden, arch)
     block = min(rows, MAX_ROWS)
-    tiles = triton.cdiv(vocabulary, settings.block_v)
-    splits = vocabulary_splits(triton.cdiv(block, settings.block_s), tiles, multiprocessors, settings.group_s)
-    tiles_per_split = triton.cdiv(tiles, splits)
-    splits = triton.cdiv(tiles, tiles_per_split)
+    tiles = _cdiv(vocabulary, settings.block_v)
+    splits = vocabulary_splits(_cdiv(block, settings.block_s), tiles, multiprocessors, settings.group_s)
+    tiles_per_split = _cdiv(tiles, splits)
+    splits = _cdiv(tiles, tiles_per_split)
     partial = torch.empty(2, splits, block, dtype=torch.float32, device=input.device)
-    at_label = torch.empty(2, block, dtype=torch.float32, device=input.device)  # the label's logit, the maximum before it
+    at_label = torch.empty(
+        2, block, dtype=torch.float32, device=input.device
+    )  # the label's logit, the maximum before it
     for s in range(0, rows, block):
         r = slice(s, min(s + block, rows))
         size = r.stop - s
         label = target[r].contiguous()
         at_label.fill_(torch.nan)
         partials = (*partial, *at_label)
-        _forward_kernel[(triton.cdiv(size, settings.block_s) * splits,)](
+        _forward_kernel[(_cdiv(size, settings.block_s) * splits,)](
             input[r], weight, bias, label, *partials, size, hidden, vocabulary, splits, tiles_per_split,
             *input.stride(), *weight.stride(), scale, softcap, **_tile_options(settings, input, bias, softcap),
         )  # fmt: skip
-        _merge_kernel[(triton.cdiv(size, 128),)](
+        _merge_kernel[(_cdiv(size, 128),)](
             loss[r], hit[r], lse[r], label, *partials, size, splits, tiles_per_split * settings.block_v,
             BLOCK_S=128, num_warps=4,
         )  # fmt: skip
@@ -420,7 +433,7 @@ def linear_cross_entropy_grad_logits(
     (rows, hidden), columns = input.shape, weight.shape[0]
     grad = input.new_empty(rows, columns)
     settings = tile_settings(input.dtype, hidden, _device_properties(input.device)[0], stores_tile=True)
-    _grad_logits_kernel[(triton.cdiv(rows, settings.block_s) * triton.cdiv(columns, settings.block_v),)](
+    _grad_logits_kernel[(_cdiv(rows, settings.block_s) * _cdiv(columns, settings.block_v),)](
         grad, input, weight, bias, label, lse, grad_loss.contiguous(), grad_sum.contiguous(), rows, hidden, columns,
         columns, *input.stride(), *weight.stride(), scale, softcap, **_tile_options(settings, input, bias, softcap),
     )  # fmt: skip
@@ -452,7 +465,7 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
     """
     (m, k), n = a.shape, b.shape[1]
     settings = product_settings(a.dtype, _device_properties(a.device)[0])
-    _add_product_kernel[(triton.cdiv(m, settings.block_m) * triton.cdiv(n, settings.block_n),)](
+    _add_product_kernel[(_cdiv(m, settings.block_m) * _cdiv(n, settings.block_n),)](
         out, a, b, m, n, k, out.stride(0), *a.stride(), *b.stride(), PRECISION="ieee",
         BLOCK_M=settings.block_m, BLOCK_N=settings.block_n, BLOCK_K=settings.block_k, GROUP_M=settings.group_m,
         num_warps=settings.num_warps, num_stages=settings.num_stages,

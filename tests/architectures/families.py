@@ -23,6 +23,7 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_FALCON = {k: v for k, v in _COMMON.items() if k not in ("head_dim", "intermediate_size", "num_key_value_heads")}
 _GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -50,11 +51,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "GPT-NeoX": ("gpt_neox", _COMMON | {"num_key_value_heads": 4}),
     "OPT": ("opt", _COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "Falcon": ("falcon", _COMMON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "Falcon, ALiBi": ("falcon", _COMMON | {"alibi": True, "new_decoder_architecture": False, "multi_query": True}),
+    "Falcon": ("falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "Falcon, ALiBi": ("falcon", _FALCON | {"alibi": True, "new_decoder_architecture": False, "multi_query": True}),
     "Falcon-H1": (
         "falcon_h1",
-        _COMMON | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+        _COMMON
+        | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
         | {"mamba_chunk_size": 16, "lm_head_multiplier": 0.7},
     ),
     "OLMo": ("olmo", _COMMON),
@@ -82,6 +84,8 @@ def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pr
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **settings | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped product has no float64, which the oracle needs
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,0 +1,256 @@
+"""`ff.ops.linear_cross_entropy` beyond the gates: checks, dispatch, autograd, compile, bounded workspace, properties."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastforget import ops, reference
+from fastforget.ops import _linear_cross_entropy as implementation
+
+INTERPRETER = pytest.param(
+    "triton",
+    marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set"),
+)
+
+
+def head(rows: int = 6, hidden: int = 5, classes: int = 11, dtype: torch.dtype = torch.float32, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(rows, hidden, generator=generator).to(dtype),
+        torch.randn(classes, hidden, generator=generator).to(dtype),
+        torch.randint(classes, (rows,), generator=generator),
+    )
+
+
+X, W, T = head()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((X[0], W, T), ValueError, r"input: expected shape \[S, H\], got \(5,\); flatten"),
+        ((X.long(), W, T), TypeError, "input: expected float32"),
+        ((X, W[:, 1:], T), ValueError, r"linear_weight: expected shape \[V, H\] = \(V, 5\), got \(11, 4\)"),
+        ((X, W[:0], T), ValueError, "linear_weight: expected shape"),
+        ((X, W.double(), T), TypeError, "linear_weight: expected torch.float32 like input, got torch.float64"),
+        ((X, W.to("meta"), T), ValueError, "linear_weight: expected device cpu like input, got meta"),
+        ((X, W, T[1:]), ValueError, r"target: expected shape \[S\] = \(6,\), got \(5,\)"),
+        ((X, W, T.int()), TypeError, r"target: expected int64, got torch.int32; call .long\(\)"),
+        ((X, W, T + 11), ValueError, r"target: expected labels in \[0, 11\) or ignore_index = -100, got \d+ at row 0"),
+        ((X, W, torch.full_like(T, -1)), ValueError, "got -1 at row 0"),
+    ],
+)
+def test_bad_tensors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ops.linear_cross_entropy(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"linear_bias": W[:3, 0]}, ValueError, r"linear_bias: expected shape \[V\] = \(11,\), got \(3,\)"),
+        ({"linear_bias": W[:, 0].half()}, TypeError, "linear_bias: expected torch.float32"),
+        ({"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0 or None, got 0.0"),
+        ({"softcap": float("inf")}, ValueError, "softcap: expected"),
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+        ({"impl": "cuda"}, ValueError, 'impl: expected "auto", "triton" or "torch", got \'cuda\''),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        ops.linear_cross_entropy(X, W, T, **options)
+
+
+def test_float64_is_refused_by_triton():
+    with pytest.raises(TypeError, match='float64; pass impl="torch"'):
+        ops.linear_cross_entropy(X.double(), W.double(), T, impl="triton")
+
+
+def test_dispatch(monkeypatch: pytest.MonkeyPatch):
+    from fastforget.ops import _dispatch
+
+    assert ops.resolve("auto", torch.device("cpu"))[0] == "torch"
+    assert ops.resolve("auto", torch.device("mps"))[0] == "torch"
+    assert ops.resolve("torch", torch.device("cuda"))[0] == "torch"
+    with pytest.raises(ValueError, match="needs tensors on a CUDA or ROCm device, got mps"):
+        ops.resolve("triton", torch.device("mps"))
+    monkeypatch.setattr(_dispatch, "_INTERPRETING", False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        ops.resolve("triton", torch.device("cpu"))
+    monkeypatch.setattr(_dispatch, "_TRITON_PROBLEM", "Triton does not import")
+    assert ops.resolve("auto", torch.device("cuda")) == ("torch", "Triton does not import")
+    with pytest.raises(ValueError, match="Triton does not import"):
+        ops.resolve("triton", torch.device("cuda"))
+
+
+def test_auto_follows_the_device_to_triton(monkeypatch: pytest.MonkeyPatch):
+    from fastforget.ops import _dispatch
+
+    monkeypatch.setattr(_dispatch, "_TRITON_PROBLEM", None)
+    assert ops.resolve("auto", torch.device("cuda"))[0] == "triton"
+
+
+@pytest.mark.parametrize("impl", ["torch", INTERPRETER])
+def test_opcheck(impl: str):
+    x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
+    opcheck(implementation._forward, (x, w, T, None, 0.0, 1.0, -100, impl))
+    opcheck(implementation._forward, (x, w, T, W[:, 0].clone().requires_grad_(), 3.0, 0.5, -100, impl))
+    grads = (torch.ones(6), torch.zeros(6), X, W, T, None, torch.ones(6), 0.0, 1.0, -100, impl)
+    for need in itertools.product((True, False), repeat=3):
+        opcheck(implementation._backward, (*grads, *need))
+
+
+def test_compiles_as_one_graph():
+    def objective(x, w, t):
+        result = ops.linear_cross_entropy(torch.tanh(x), w, t, softcap=5.0)
+        return (result.loss * 2).mean() + result.lse.sum() * 0.1
+
+    x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(objective(x, w, T), (x, w))
+    got = torch.autograd.grad(compiled(x, w, T), (x, w))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert torch.allclose(compiled(X[:3], w, T[:3]), objective(X[:3], w, T[:3]))
+
+
+def test_weight_gradient_only_when_asked(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    original = implementation._torch_add_product_
+    monkeypatch.setattr(
+        implementation, "_torch_add_product_", lambda out, a, b: (asked.append(out.shape), original(out, a, b))
+    )
+    x, w = X.clone().requires_grad_(), W.clone()
+    ops.linear_cross_entropy(x, w, T).loss.sum().backward()
+    assert asked == [(6, 5)]
+    w.requires_grad_()
+    ops.linear_cross_entropy(x, w, T).loss.sum().backward()
+    assert asked[1:] == [(6, 5), (11, 5)]
+
+
+def test_autocast_casts_as_linear_does():
+    with torch.autocast("cpu", torch.bfloat16):
+        result = ops.linear_cross_entropy(X, W, T)
+    expected = ops.linear_cross_entropy(X.bfloat16(), W.bfloat16(), T)
+    assert torch.equal(result.loss, expected.loss)
+    assert result.loss.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, from the interpreter
+@pytest.mark.parametrize("impl", ["torch", INTERPRETER])
+def test_non_finite_logits_give_nan_and_no_hit(impl: str):
+    x = X.clone()
+    x[1, 2], x[3, 0] = torch.nan, torch.inf
+    result = ops.linear_cross_entropy(x, W, T, impl=impl)
+    assert result.loss.isnan().tolist() == [False, True, False, True, False, False]
+    assert not result.hit[1]
+    assert not result.hit[3]
+
+
+@pytest.mark.parametrize("impl", ["torch", INTERPRETER])
+def test_float32_is_full_precision(impl: str):
+    x, w, t = head(8, 512, 40)
+    expected = reference.linear_cross_entropy(x.double(), w.double(), t)[0]
+    assert (ops.linear_cross_entropy(x, w, t, impl=impl).loss - expected).abs().max() < 1e-4  # tf32: 3e-2
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives while active."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor) and not func.is_view:
+                self.largest = max(self.largest, value.numel())
+        return result
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(3000, 5000), (9000, 1500)])
+def test_torch_workspace_does_not_grow(rows: int, classes: int):
+    x, w, t = head(rows, 16, classes)
+    loss, hit, lse = implementation._empty_results(x)
+    with LargestTensor() as forward:
+        implementation._torch_forward_(loss, hit, lse, x, w, t, None, 0.0, 1.0)
+    assert forward.largest <= implementation._TORCH_ROWS * implementation._TORCH_COLUMNS
+    with LargestTensor() as backward:
+        implementation._backward._init_fn(loss, lse, x, w, t, None, lse, 0.0, 1.0, -100, "torch", True, True, False)
+    assert backward.largest <= implementation._TORCH_ROWS * implementation._TORCH_COLUMNS
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 20),
+    hidden=st.integers(1, 40),
+    classes=st.integers(1, 300),
+    size=st.floats(0.01, 30.0),
+    softcap=st.none() | st.floats(0.5, 50.0),
+    scale=st.floats(-2.0, 2.0),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_equals_the_oracle(rows, hidden, classes, size, softcap, scale, seed):
+    x, w, t = head(rows, hidden, classes, seed=seed)
+    x *= size
+    got = ops.linear_cross_entropy(x, w, t, softcap=softcap, scale=scale)
+    expected = reference.linear_cross_entropy(x.double(), w.double(), t, softcap=softcap, scale=scale)
+    largest = float((x.double() @ w.double().T * scale).abs().max()) if rows else 0.0
+    assert torch.allclose(got.loss.double(), expected[0], atol=2e-5 * (1 + largest), rtol=0)
+    assert torch.allclose(got.lse.double(), expected[2], atol=2e-5 * (1 + largest), rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 20])
+@pytest.mark.parametrize("multiprocessors", [1, 108, 132, 160])
+def test_vocabulary_splits_fill_the_device(rows: int, multiprocessors: int):
+    from fastforget_kernels.linear_cross_entropy import MAX_SPLITS, vocabulary_splits
+
+    for tiles in (1, 7, 125, 501, 1001):
+        splits = vocabulary_splits(rows, tiles, multiprocessors, 32)
+        assert 1 <= splits <= min(tiles, MAX_SPLITS)
+        assert rows * splits >= min(multiprocessors, rows * min(tiles, MAX_SPLITS))
+
+
+@pytest.mark.gpu
+def test_triton_workspace_is_small():
+    x = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(128256, 4096, device="cuda", dtype=torch.bfloat16)
+    t = torch.randint(128256, (8192,), device="cuda")
+    ops.linear_cross_entropy(x[:16], w, t[:16])
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    ops.linear_cross_entropy(x, w, t)
+    assert torch.cuda.max_memory_allocated() - before < 64 * 2**20
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "classes"), [(64, 2**20 + 3), (2**20 + 5, 70)])
+def test_more_than_two_to_the_31_elements(rows: int, classes: int):
+    hidden = 2080
+    x = torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(classes, hidden, device="cuda", dtype=torch.bfloat16)
+    t = torch.randint(classes, (rows,), device="cuda")
+    some = slice(rows - 32, rows)
+    expected = reference.linear_cross_entropy(x[some].float(), w.float(), t[some])
+    got = ops.linear_cross_entropy(x, w, t)
+    assert torch.allclose(got.loss[some], expected[0], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_works_in_a_cuda_graph():
+    x, w, t = (tensor.cuda() for tensor in head(40, 64, 500))
+    expected = ops.linear_cross_entropy(x, w, t).loss
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = ops.linear_cross_entropy(x, w, t)
+    graph.replay()
+    assert torch.equal(result.loss, expected)
