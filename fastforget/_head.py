@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from fastforget.ops import linear_cross_entropy
 
-__all__ = ["LogitTransform", "eval_mode", "find_head", "head_weight", "swapped_forward", "unwrapped", "verified_transform"]
+__all__ = [
+    "LogitTransform",
+    "eval_mode",
+    "find_head",
+    "head_weight",
+    "swapped_forward",
+    "unwrapped",
+    "verified_transform",
+]
 
 
 class LogitTransform(NamedTuple):

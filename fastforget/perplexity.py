@@ -76,7 +76,7 @@ def log_perplexity(
         impl: Implementation of the head: "auto", "triton" or "torch".
 
     Returns:
-        `[B]` float32, NaN for an example without targets ("sum": 0). For packed input B counts the examples, row by row.
+        `[B]` float32, NaN for an example without targets, 0 with "sum". For packed input B counts the examples, row by row.
         With "token": `[B, T]` float32, the negative log-likelihood of each target token at its own place, 0 elsewhere.
 
     Raises:

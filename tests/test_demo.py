@@ -34,12 +34,15 @@ def stopped_and_continued(tmp_path_factory):
         return fine_tune(*arguments, **settings)
 
     fine_tune = training.fine_tune
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much where the cores are busy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "fine_tune", stops)
         with pytest.raises(KeyboardInterrupt):
             demo.run(out, device="cpu", quick=True)
     before = snapshot(out)
     assert demo.run(out, device="cpu", quick=True) == out / "report.md"
+    torch.set_num_threads(threads)
     return out, before
 
 
@@ -116,7 +119,7 @@ def test_the_report_says_what_was_measured(stopped_and_continued):
 def test_the_reports_command_continues_the_matrix(stopped_and_continued):
     out, _ = stopped_and_continued
     report = (out / "report.md").read_text(encoding="utf-8")
-    words = shlex.split(re.search(r"```bash\n(.*?)```", report, re.DOTALL)[1])
+    words = shlex.split(re.search(r"```bash\n(.*?)```", report, re.DOTALL)[1].replace("\\\n", ""))
     units = snapshot(out / "matrix/units")
     result = CliRunner().invoke(app, words[1:])
     assert result.exit_code == 0, result.output
@@ -161,7 +164,7 @@ def test_examples_are_where_they_say():
         source, line = place.split(":")
         start = int(line) - 1
         assert "\n".join(lines[source][start : start + text.count("\n") + 1]).rstrip() == text
-        assert 150 <= len(text) <= 700
+        assert 100 <= len(text) <= 600
     assert len({place for place, _ in examples}) == len(examples)
 
 

@@ -178,6 +178,7 @@ def test_a_run_killed_after_running_out_of_memory_continues_to_the_same_bits(wor
     assert contents(out) == contents(whole)
 
 
+@pytest.mark.slow
 def test_a_second_driver_on_the_same_folder_is_refused(world, tmp_path):
     process = command_line(world, tmp_path / "out")
     while not (tmp_path / "out" / "manifest.json").exists():

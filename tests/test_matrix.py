@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import fastforget as ff
 from fastforget import perplexity
-from fastforget.matrix import plan, runner
+from fastforget.matrix import models, plan, runner
 from fastforget.matrix.store import Store
 from fastforget.matrix.upstream import load_upstream
 
@@ -297,14 +297,16 @@ def test_the_progress_bar_counts_examples_and_tokens(world, tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
-def test_one_load_serves_the_whole_run(world, tmp_path, monkeypatch):
-    from fastforget.matrix import models
-
+def test_the_base_is_loaded_once_and_every_checkpoint_once(world, tmp_path, monkeypatch):
     loaded = []
-    real = models._from_pretrained
-    monkeypatch.setattr(models, "_from_pretrained", lambda c, dtype: loaded.append(c.label) or real(c, dtype))
+    from_pretrained, load = models._from_pretrained, models.ResidentModel._load
+    monkeypatch.setattr(
+        models, "_from_pretrained", lambda c, dtype: loaded.append(c.label) or from_pretrained(c, dtype)
+    )
+    monkeypatch.setattr(models.ResidentModel, "_load", lambda self, c: loaded.append(c.label) or load(self, c))
     build(world, tmp_path / "out", ["full", "lora", "other"])
-    assert loaded == ["base"]
+    # The adapter comes before the checkpoints, which overwrite the base that it needs.
+    assert loaded == ["base", "task 'full'", "task 'other'"]
 
 
 def test_a_finished_run_is_not_run_again(world, tmp_path, monkeypatch):

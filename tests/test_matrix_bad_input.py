@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import fastforget as ff
 from fastforget.matrix import plan
+from fastforget.matrix.checkpoints import find_checkpoint
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -151,6 +152,22 @@ def test_a_checkpoint_of_another_shape_is_refused_by_tensor(refused, tmp_path):
     )
 
 
+def test_a_checkpoint_that_unties_what_the_base_ties_is_refused(world, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base = save_base(tmp_path / "base", tie_word_embeddings=True)
+    weights = save_tuned(base, tmp_path / "task") / "model.safetensors"
+    tensors = load_file(weights)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, weights, metadata={"format": "pt"})
+    build(world, tmp_path / "same", [tmp_path / "task"], base=base)  # stored twice, but equal
+    save_file(tensors | {"lm_head.weight": head + 1}, weights, metadata={"format": "pt"})
+    message = r"task 'task': expected model\.embed_tokens\.weight tied to lm_head\.weight as in the base, got another"
+    with pytest.raises(ValueError, match=message):
+        build(world, tmp_path / "out", [tmp_path / "task"], base=base)
+    assert len(units_of(tmp_path / "out")) == 2  # the base's units are kept
+
+
 def test_a_checkpoint_with_other_settings_is_refused_by_entry(refused, tmp_path):
     tiny_model(rms_norm_eps=1e-3).save_pretrained(tmp_path / "task")
     refused(
@@ -190,6 +207,10 @@ def test_an_adapter_that_does_not_fit_is_refused(world, refused, tmp_path):
     message = (
         r"task 'task': expected a base with a module for .*q_proj\.lora_A.* of shape \(4, 48\), got a weight of shape"
     )
+    refused(message, [adapter], check_adapter_base=False)
+    shutil.rmtree(adapter)
+    save_adapter(save_base(tmp_path / "large", vocab_size=390), adapter, modules_to_save=["lm_head"])
+    message = r"expected lm_head\.weight of shape \(384, 32\) as in the base, got \(390, 32\)"
     refused(message, [adapter], check_adapter_base=False)
     deep = save_base(tmp_path / "deep", num_hidden_layers=3)
     shutil.rmtree(adapter)
@@ -314,3 +335,16 @@ def test_a_resume_with_other_inputs_is_refused_with_what_differs(world, tmp_path
         with pytest.raises(ValueError, match=r"out: .* belongs to a run with other inputs.*" + message):
             build(**({"tasks": ["full", "other"]} | arguments), out=tmp_path / "out")
     assert units_of(tmp_path / "out") == before
+
+
+def test_a_fingerprint_sees_one_small_tensor_in_a_large_file(world, tmp_path):
+    from safetensors.torch import save_file
+
+    shutil.copytree(world / "full", tmp_path / "task")
+    tensors = {"a": torch.zeros(2_000_000), "norm": torch.ones(8), "z": torch.zeros(2_000_000)}
+    found = []
+    for value in (1.0, 1.0, 1.5):
+        tensors["norm"][3] = value
+        save_file(tensors, tmp_path / "task" / "model.safetensors")
+        found.append(find_checkpoint("task", str(tmp_path / "task")).fingerprint)
+    assert found[0] == found[1] != found[2]

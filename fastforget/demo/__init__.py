@@ -124,13 +124,13 @@ class _Demo:
 
         self.console.print("\n[bold]What does a small language model forget when it is fine-tuned?[/bold]")
         self.console.print(f"Everything is written to {self.out}. Stop at any time: the same command continues.")
-        self._title(1, "Text", "real text that is on this machine already: documentation, source code, tables")
+        self._title(1, "Text", "real text, found on this machine")
         self._stage("text", self.out / "text", self._collect_text)
         upstream, tasks = self._domains("upstream", UPSTREAM), self._domains("tasks", TASKS)
-        self._title(2, "Tokenizer", f"byte-level BPE, and {self.size.examples} upstream examples to be forgotten")
+        self._title(2, "Tokenizer", f"byte-level BPE, and {self.size.examples} upstream examples")
         self._stage("tokenizer", self.out / "tokenizer", partial(self._train_tokenizer, upstream))
         self._stage("upstream", self.out / "upstream.jsonl", partial(self._choose_examples, upstream))
-        self._title(3, "Base model", "a small Llama learns the upstream domains, starting from random weights")
+        self._title(3, "Base model", "a small Llama learns the upstream domains from scratch")
         self._stage("base", self.out / "base", partial(self._train_base, upstream))
         self._title(4, "Fine-tuning", f"{len(tasks)} copies of it each learn one other kind of text")
         for task in tasks:
@@ -174,7 +174,7 @@ class _Demo:
             rows = [json.dumps(asdict(document)) for document in documents]
             (folder / group).mkdir(parents=True, exist_ok=True)
             (folder / group / f"{domain.name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
-            self._say(domain.name, f"{total:>8,} characters: {domain.about}")
+            self._say(domain.name, f"{total // 1000:>3},000 characters: {domain.about}")
         found = {group: len(list((folder / group).glob("*"))) for group in ("upstream", "tasks")}
         for group, least in (("upstream", MIN_UPSTREAM_DOMAINS), ("tasks", MIN_TASKS)):
             if found[group] < least:
@@ -182,7 +182,7 @@ class _Demo:
                     f"text: expected {least} kinds of text for {group}, got {found[group]}; "
                     "use a Python whose standard library is installed with its source"
                 )
-        return f"{found['upstream']} upstream domains, and {found['tasks']} tasks that are none of them"
+        return f"{found['upstream']} upstream domains for the base, {found['tasks']} tasks for fine-tuning"
 
     def _domains(self, group: str, known: tuple[Domain, ...]) -> list[Domain]:
         return [domain for domain in known if (self.out / "text" / group / f"{domain.name}.jsonl").exists()]
@@ -207,7 +207,7 @@ class _Demo:
                 place, text = examples[k * len(examples) // count]
                 rows.append(json.dumps({"id": f"{domain.name}/{place}", "text": text}))
         path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-        return f"{len(rows)} examples from {len(domains)} domains of the base's own training text"
+        return f"{len(rows)} examples out of the base's training text"
 
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -232,8 +232,8 @@ class _Demo:
         with self._bar("base", self.size.base_tokens) as on_step:
             record = train_base(folder, tokenizer, rows, size, **self._training(self.size.base_tokens, on_step))
         return (
-            f"{record['parameters'] / 1e6:.1f} million parameters, {record['tokens']:,} tokens, "
-            f"held-out loss {record['loss_after']:.2f} nats per token"
+            f"{record['parameters'] / 1e6:.1f} M parameters, {record['tokens']:,} tokens, "
+            f"held-out loss {record['loss_after']:.2f}"
         )
 
     def _fine_tune(self, task: Domain, folder: Path) -> str:

@@ -26,8 +26,8 @@ from pathlib import Path
 # A domain with less text than this is left out, and the demo says so.
 MIN_CHARACTERS = 20_000
 # An upstream example ends at the first blank line after a drawn length in this range, or at this many characters.
-EXAMPLE_CHARACTERS = (200, 550)
-MAX_EXAMPLE_CHARACTERS = 700
+EXAMPLE_CHARACTERS = (150, 450)
+MAX_EXAMPLE_CHARACTERS = 600
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ UPSTREAM = (
     Domain("documentation", "the pages behind help()", documentation_topics),
     Domain(
         "numbers",
-        "arithmetic, statistics, random numbers, dates",
+        "arithmetic, statistics, dates",
         partial(
             library_files,
             *("_pydecimal.py", "statistics.py", "fractions.py", "random.py", "datetime.py", "_pydatetime.py"),
@@ -160,7 +160,7 @@ UPSTREAM = (
     ),
     Domain(
         "text",
-        "parsing and formatting of text and options",
+        "parsing and formatting",
         partial(
             library_files,
             *("difflib.py", "textwrap.py", "string.py", "re/*.py", "pprint.py", "configparser.py", "csv.py"),
@@ -169,7 +169,7 @@ UPSTREAM = (
     ),
     Domain(
         "language",
-        "Python looking at itself: inspection, types, pickling",
+        "inspection, types, pickling",
         partial(
             library_files,
             *("inspect.py", "ast.py", "typing.py", "dis.py", "tokenize.py", "dataclasses.py", "enum.py", "types.py"),
@@ -178,7 +178,7 @@ UPSTREAM = (
     ),
     Domain(
         "tools",
-        "debuggers, profilers, processes, threads, logging",
+        "debuggers, profilers, threads, logging",
         partial(
             library_files,
             *("doctest.py", "pdb.py", "bdb.py", "cmd.py", "pydoc.py", "trace.py", "timeit.py", "profile.py"),

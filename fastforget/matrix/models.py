@@ -42,7 +42,7 @@ class ResidentModel:
                 f"base: expected a model that fits on {device}, got {base.path} in {dtype}: "
                 f"{str(error).splitlines()[0]}; choose a narrower dtype or another device"
             ) from error
-        self._modules = [(m, dict(m._modules), dict(m._parameters)) for m in self.model.modules()]
+        self._modules = [(m, dict(m._modules)) for m in self.model.modules()]
         self._holds_base = True
 
     # Before the run
@@ -91,11 +91,17 @@ class ResidentModel:
             raise ValueError(f"{task.label}: expected an adapter for {self.base.path}, got one for {named}; {BASE_FIX}")
 
     def _check_adapter_shapes(self, task: Checkpoint) -> None:
-        modules = dict(self.model.named_modules())
+        modules, state = dict(self.model.named_modules()), self.model.state_dict()
         for name, shape in tensor_shapes(task).items():
             module, lora, rest = name.removeprefix("base_model.model.").partition(".lora_")
-            if not lora:
-                continue  # another kind of adapter, or a whole tensor: PEFT checks it when it loads
+            if not lora:  # a whole tensor, or another kind of adapter, which PEFT checks when it loads
+                if module in state and shape != tuple(state[module].shape):
+                    raise ValueError(
+                        f"{task.label}: expected {module} of shape {tuple(state[module].shape)} as in the base, got "
+                        f"{shape}; evaluate the adapter against the base that it was tuned from"
+                    )
+                continue
+            module = module.replace(".base_layer", "")  # one adapter around another, as on the experts of a layer
             weight = getattr(modules.get(module), "weight", None)
             # A is [r, in] and B is [out, r]; Conv1D and embeddings store their weight the other way round.
             size = {"A": shape[-1], "B": shape[0]}.get(rest[0]) if len(shape) == 2 else None
@@ -147,8 +153,6 @@ class ResidentModel:
             try:
                 model = PeftModel.from_pretrained(self.model, str(task.folder))  # type: ignore[arg-type]
             except (RuntimeError, ValueError, KeyError, OSError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
                 raise ValueError(
                     f"{task.label}: cannot load the adapter {task.folder}: {error}; save it again"
                 ) from error
@@ -166,12 +170,10 @@ class ResidentModel:
         return model.eval()
 
     def _without_adapter(self) -> None:
-        """Put the base's own modules and parameters back; PEFT's unload leaves tuned copies of whole modules in."""
-        for module, children, parameters in self._modules:
+        """Put the base's own modules back; PEFT's unload leaves tuned copies of whole modules in."""
+        for module, children in self._modules:
             module._modules.clear()
             module._modules.update(children)
-            module._parameters.clear()
-            module._parameters.update(parameters)
         for name in ("peft_config", "_hf_peft_config_loaded"):
             if name in vars(self.model):
                 delattr(self.model, name)
@@ -220,8 +222,9 @@ class ResidentModel:
         for name, place in state.items():
             tensor = tensors[name].to(place.device, place.dtype)
             first = written.setdefault(_place(place), name)
-            if place.shape != tensor.shape or (first != name and not torch.equal(place, tensor)):
-                reason = f"tied to {first}" if place.shape == tensor.shape else f"of shape {tuple(place.shape)}"
+            same_shape = place.shape == tensor.shape
+            if not same_shape or (first != name and not torch.allclose(place, tensor, rtol=0, atol=0, equal_nan=True)):
+                reason = f"tied to {first}" if same_shape else f"of shape {tuple(place.shape)}"
                 raise ValueError(
                     f"{checkpoint.label}: expected {name} {reason} as in the base, got another; evaluate it against "
                     "the base that it was tuned from"
