@@ -1,6 +1,7 @@
 """`linear_cross_entropy`, forward with loss, hit and lse, beside what people use today.
 
-Flop convention: 2 S H V, the product alone. The ceiling is that product by the vendor's library, measured in the same run.
+Flop convention: 2 S H V, the product alone. The ceiling is that product by the vendor's library, measured in the same run:
+as a whole, and, on a CPU, by blocks that stay in the cache, which is faster than writing all logits to memory.
 """
 
 from __future__ import annotations
@@ -42,8 +43,16 @@ def eager(x: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def variants(x: Tensor, w: Tensor, t: Tensor) -> dict[str, Callable[[], Tensor | None] | str]:
     """Every variant, or the reason why it cannot run here."""
     compiled = torch.compile(eager, dynamic=False)
+    block = torch.empty(len(x), 1024, dtype=x.dtype, device=x.device)
+
+    def product_by_blocks() -> Tensor:
+        for part in w.split(1024):
+            torch.mm(x, part.T, out=block[:, : len(part)] if len(part) == 1024 else None)
+        return block[:0, 0]
+
     found: dict[str, Callable[[], Tensor | None] | str] = {
         "product alone (ceiling)": lambda: F.linear(x, w)[:0, 0],
+        "product alone, by blocks (ceiling)": "for CPUs" if x.is_cuda else product_by_blocks,
         "eager, full logits": lambda: eager(x, w, t)[0],
         "torch.compile, full logits": lambda: compiled(x, w, t)[0],
         "fastforget": lambda: ops.linear_cross_entropy(x, w, t).loss,

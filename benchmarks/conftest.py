@@ -26,6 +26,7 @@ import pytest
 import torch
 
 TURNS = 5
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
 _checked: dict[tuple[str, str], float] = {}  # (group, variant) -> peak memory, once its result was right
 _unavailable: list[dict[str, str]] = []
 
@@ -140,6 +141,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
             | {"slowest": max(seconds), "turns": len(seconds), "rate": info["work"] / statistics.median(seconds)}
             | {"unit": info["unit"], "peak_mb": info["peak_mb"]}
         )
+    config.stash[ROWS] = rows
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     record = {
         "device": gpu or f"CPU, {_processor()}, {torch.get_num_threads()} threads",
@@ -154,6 +156,13 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     raw = config.getoption("benchmark_json")  # a path, or an open file before pytest-benchmark 5.3
     folder = (raw if isinstance(raw, Path) else Path(raw.name)).parent
     (folder / f"{slug}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the record as a table; pytest-benchmark's own would have a line for every turn."""
+    for row in config.stash.get(ROWS, []):
+        seconds = f"{row['seconds']:8.3f} s  {row['rate']:10.4g} {row['unit']:9s}  {row['peak_mb']:8.0f} MB peak"
+        terminalreporter.write_line(f"{row['group']} | {row['name']:52s} {seconds}")
 
 
 def _commit() -> str:

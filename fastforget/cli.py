@@ -151,7 +151,7 @@ def bench(
     # No settings of the place where it is called: the same run from a wheel, a checkout or someone's project.
     command = [sys.executable, "-m", "pytest", str(folder), "-c", os.devnull, "--rootdir", str(folder)]
     command += ["-o", "python_files=bench_*.py", "--import-mode=prepend", "-p", "no:cacheprovider"]
-    command += ["--benchmark-json", str(out / "benchmarks.json")]
+    command += ["--benchmark-json", str(out / "benchmarks.json"), "--benchmark-quiet"]
     command += ["-k", expression] if expression else []
     raise typer.Exit(subprocess.run(command, check=False).returncode)
 

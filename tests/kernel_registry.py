@@ -119,6 +119,7 @@ def _oracle_linear_cross_entropy(inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _compile_linear_cross_entropy(arch: str) -> Iterator[Compilation]:
+    from fastforget_kernels import add_product
     from fastforget_kernels import linear_cross_entropy as kernels
 
     # bfloat16 and float16 differ in one instruction: float16 is compiled once. H = 100 has no aligned row.
@@ -151,14 +152,14 @@ def _compile_linear_cross_entropy(arch: str) -> Iterator[Compilation]:
             ("H", "stride_input_s", "stride_weight_v") if hidden % 16 == 0 else (),
         )
     for dtype, transposed in itertools.product((torch.bfloat16, torch.float32), (False, True)):
-        settings = kernels.product_settings(dtype, arch)
+        settings = add_product.product_settings(dtype, arch)
         pointer = POINTER[dtype]
         strides = {"a": ("stride_a_m", "stride_a_k"), "b": ("stride_b_n", "stride_b_k")}
         unit = (strides["a"][0] if transposed else strides["a"][1], "stride_b_n")
         sizes = [n for n in ("M", "N", "K", "stride_out_m", *strides["a"], *strides["b"]) if n not in unit]
         yield Compilation(
             f"add_product-{str(dtype)[6:]}{'-transposed' * transposed}",
-            kernels._add_product_kernel,
+            add_product._add_product_kernel,
             {"out_ptr": "*fp32", "a_ptr": pointer, "b_ptr": pointer} | dict.fromkeys(sizes, "i32"),
             dict.fromkeys(unit, 1)
             | {"PRECISION": "ieee", "BLOCK_M": settings.block_m, "BLOCK_N": settings.block_n}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,3 +255,27 @@ def test_works_in_a_cuda_graph():
         result = ops.linear_cross_entropy(x, w, t)
     graph.replay()
     assert torch.equal(result.loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("properties", "expected"),
+    [
+        ({"major": 8, "shared_memory_per_block_optin": 166_912}, "sm_80"),  # A100
+        ({"major": 8, "shared_memory_per_block_optin": 101_376}, "sm_80"),  # RTX 4090
+        ({"major": 9, "shared_memory_per_block_optin": 232_448}, "sm_90"),  # H200
+        ({"major": 10, "shared_memory_per_block_optin": 232_448}, "sm_100"),  # B200
+        ({"major": 12, "shared_memory_per_block_optin": 101_376}, "sm_80"),  # RTX 5090: its tiles must fit 100 KB
+    ],
+)
+def test_device_properties_choose_the_settings(monkeypatch: pytest.MonkeyPatch, properties: dict, expected: str):
+    from fastforget_kernels.device import device_properties
+
+    described = SimpleNamespace(multi_processor_count=132, **properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: described)
+    device_properties.cache_clear()
+    assert device_properties(torch.device("cuda", 0)) == (expected, 132)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    described.gcnArchName = "gfx942:sramecc+:xnack-"
+    device_properties.cache_clear()
+    assert device_properties(torch.device("cuda", 0)) == ("gfx942", 132)
+    device_properties.cache_clear()

@@ -185,7 +185,7 @@ def _backward(
     # dL/dz_sv = (grad_loss + grad_lse) p_sv - grad_loss [v = target]; an ignored row has no loss, but it has an lse.
     grad_loss = torch.where(target == ignore_index, 0, grad_loss)
     if impl == "triton":
-        from fastforget_kernels.linear_cross_entropy import add_product_
+        from fastforget_kernels.add_product import add_product_
         from fastforget_kernels.linear_cross_entropy import linear_cross_entropy_grad_logits as grad_logits
 
         block = _TRITON_ROWS, _TRITON_COLUMNS

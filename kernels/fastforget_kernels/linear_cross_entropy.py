@@ -12,7 +12,7 @@ least as large and nothing after it is larger; so no index has to travel with th
 Flops 2 S H V; bytes at least (S + V) H inputs + 9 S outputs; workspace 8 bytes x splits x rows, rows in blocks.
 
 Backward: dz_sv = g_s (exp(z_sv - lse_s) - [v = target(s)]) (1 - (z_sv / softcap)^2) scale, recomputed one block
-`[R, C]` at a time, then dx += dz W and dW += dz^T x by `add_product_`: 2 S H V flops each, and 2 S H V to recompute.
+`[R, C]` at a time, then dx += dz W and dW += dz^T x by `add_product`: 2 S H V flops each, and 2 S H V to recompute.
 
 References: Milakov and Gimelshein, arXiv 1805.02867 (online normaliser); Wijmans et al., arXiv 2411.09009.
 """
@@ -22,7 +22,6 @@ References: Milakov and Gimelshein, arXiv 1805.02867 (online normaliser); Wijman
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -31,14 +30,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastforget_kernels.arithmetic import LOG2_E, cast, dot, tanh
+from fastforget_kernels.device import cdiv, device_properties
 
 __all__ = [
-    "ProductSettings",
     "TileSettings",
-    "add_product_",
     "linear_cross_entropy_forward_",
     "linear_cross_entropy_grad_logits",
-    "product_settings",
     "tile_settings",
     "vocabulary_splits",
 ]
@@ -52,18 +49,6 @@ class TileSettings:
     block_v: int
     block_h: int
     group_s: int  # row blocks that run beside each other: they share the tiles of the weight in the L2 cache
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class ProductSettings:
-    """Launch settings of `add_product_`."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    group_m: int
     num_warps: int
     num_stages: int
 
@@ -101,25 +86,6 @@ def tile_settings(dtype: torch.dtype, hidden: int, arch: str, *, stores_tile: bo
     return TileSettings(128, 256, 64, 32, 8, 3)  # 255 registers, no spill, 144 KB; 128 accumulators a thread
 
 
-def product_settings(dtype: torch.dtype, arch: str) -> ProductSettings:
-    """Launch settings of `add_product_`.
-
-    Args:
-        dtype: Of the factors.
-        arch: As for `tile_settings`.
-
-    Returns:
-        The settings.
-    """
-    if dtype == torch.float32:
-        return ProductSettings(64, 64, 32, 8, 8, 2)
-    if arch.startswith("gfx"):
-        return ProductSettings(128, 128, 32, 8, 8, 2)
-    if arch == "sm_80":
-        return ProductSettings(128, 128, 32, 8, 8, 4)  # 64 deep spills 16 bytes where the first factor is transposed
-    return ProductSettings(128, 128, 64, 8, 8, 3)  # at most 255 registers; 128 x 256 spills 200 to 500 bytes
-
-
 def vocabulary_splits(row_blocks: int, vocabulary_tiles: int, multiprocessors: int, group_s: int) -> int:
     """How many splits fill the device with the fewest idle multiprocessors in the last wave.
 
@@ -133,30 +99,13 @@ def vocabulary_splits(row_blocks: int, vocabulary_tiles: int, multiprocessors: i
     Returns:
         The number of splits, at most MAX_SPLITS.
     """
-    fewest = min(_cdiv(multiprocessors, min(row_blocks, group_s)), vocabulary_tiles, MAX_SPLITS)
+    fewest = min(cdiv(multiprocessors, min(row_blocks, group_s)), vocabulary_tiles, MAX_SPLITS)
 
     def time(splits: int) -> int:
-        waves = _cdiv(row_blocks * splits, multiprocessors)
-        return waves * _cdiv(vocabulary_tiles, splits)
+        waves = cdiv(row_blocks * splits, multiprocessors)
+        return waves * cdiv(vocabulary_tiles, splits)
 
     return min(range(fewest, min(vocabulary_tiles, MAX_SPLITS) + 1), key=lambda splits: (time(splits), splits))
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-@functools.cache
-def _device_properties(device: torch.device) -> tuple[str, int]:
-    """Architecture name and number of multiprocessors."""
-    if device.type != "cuda":
-        return "sm_90", 4  # the interpreter: few programs, but more than one split
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
-    major = {8: "sm_80", 9: "sm_90"}.get(properties.major, "sm_100")
-    # Consumer Ampere, Ada and Blackwell have 100 KB of shared memory, where only the small sm_80 tiles fit.
-    return ("sm_80" if properties.shared_memory_per_block_optin < 200_000 else major), properties.multi_processor_count
 
 
 @triton.jit
@@ -318,37 +267,6 @@ def _grad_logits_kernel(
     tl.store(grad_ptrs, cast(grad, grad_ptr.dtype.element_ty), mask=mask_s[:, None] & (offs_v[None, :] < V))
 
 
-@triton.jit
-def _add_product_kernel(
-    out_ptr, a_ptr, b_ptr, M, N, K, stride_out_m, stride_a_m, stride_a_k, stride_b_k, stride_b_n,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0)
-    m_blocks = tl.cdiv(M, BLOCK_M)
-    n_blocks = tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP_M * n_blocks)
-    group_size = tl.minimum(m_blocks - group * GROUP_M, GROUP_M)
-    within = pid % (GROUP_M * n_blocks)
-    offs_m = (group * GROUP_M + within % group_size) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = within // group_size * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(offs_m, M - 1).to(tl.int64)
-    columns = tl.minimum(offs_n, N - 1).to(tl.int64)
-    offs_k = tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + rows[:, None] * stride_a_m + offs_k.to(tl.int64)[None, :] * stride_a_k
-    b_ptrs = b_ptr + offs_k.to(tl.int64)[:, None] * stride_b_k + columns[None, :] * stride_b_n
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        a = tl.load(a_ptrs, mask=offs_k[None, :] < K - k0, other=0.0)
-        b = tl.load(b_ptrs, mask=offs_k[:, None] < K - k0, other=0.0)
-        acc = dot(a, b, acc, PRECISION)
-        a_ptrs += BLOCK_K * stride_a_k
-        b_ptrs += BLOCK_K * stride_b_k
-    out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_out_m + offs_n[None, :]
-    mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
-    tl.store(out_ptrs, tl.load(out_ptrs, mask=mask, other=0.0) + acc, mask=mask)
-
-
 def linear_cross_entropy_forward_(
     loss: Tensor,
     hit: Tensor,
@@ -376,13 +294,13 @@ def linear_cross_entropy_forward_(
     (rows, hidden), vocabulary = input.shape, weight.shape[0]
     if rows == 0:
         return
-    arch, multiprocessors = _device_properties(input.device)
+    arch, multiprocessors = device_properties(input.device)
     settings = tile_settings(input.dtype, hidden, arch)
     block = min(rows, MAX_ROWS)
-    tiles = _cdiv(vocabulary, settings.block_v)
-    splits = vocabulary_splits(_cdiv(block, settings.block_s), tiles, multiprocessors, settings.group_s)
-    tiles_per_split = _cdiv(tiles, splits)
-    splits = _cdiv(tiles, tiles_per_split)
+    tiles = cdiv(vocabulary, settings.block_v)
+    splits = vocabulary_splits(cdiv(block, settings.block_s), tiles, multiprocessors, settings.group_s)
+    tiles_per_split = cdiv(tiles, splits)
+    splits = cdiv(tiles, tiles_per_split)
     partial = torch.empty(2, splits, block, dtype=torch.float32, device=input.device)
     at_label = torch.empty(
         2, block, dtype=torch.float32, device=input.device
@@ -393,11 +311,11 @@ def linear_cross_entropy_forward_(
         label = target[r].contiguous()
         at_label.fill_(torch.nan)
         partials = (*partial, *at_label)
-        _forward_kernel[(_cdiv(size, settings.block_s) * splits,)](
+        _forward_kernel[(cdiv(size, settings.block_s) * splits,)](
             input[r], weight, bias, label, *partials, size, hidden, vocabulary, splits, tiles_per_split,
             *input.stride(), *weight.stride(), scale, softcap, **_tile_options(settings, input, bias, softcap),
         )  # fmt: skip
-        _merge_kernel[(_cdiv(size, 128),)](
+        _merge_kernel[(cdiv(size, 128),)](
             loss[r], hit[r], lse[r], label, *partials, size, splits, tiles_per_split * settings.block_v,
             BLOCK_S=128, num_warps=4,
         )  # fmt: skip
@@ -432,8 +350,8 @@ def linear_cross_entropy_grad_logits(
     """
     (rows, hidden), columns = input.shape, weight.shape[0]
     grad = input.new_empty(rows, columns)
-    settings = tile_settings(input.dtype, hidden, _device_properties(input.device)[0], stores_tile=True)
-    _grad_logits_kernel[(_cdiv(rows, settings.block_s) * _cdiv(columns, settings.block_v),)](
+    settings = tile_settings(input.dtype, hidden, device_properties(input.device)[0], stores_tile=True)
+    _grad_logits_kernel[(cdiv(rows, settings.block_s) * cdiv(columns, settings.block_v),)](
         grad, input, weight, bias, label, lse, grad_loss.contiguous(), grad_sum.contiguous(), rows, hidden, columns,
         columns, *input.stride(), *weight.stride(), scale, softcap, **_tile_options(settings, input, bias, softcap),
     )  # fmt: skip
@@ -453,20 +371,3 @@ def _tile_options(settings: TileSettings, input: Tensor, bias: Tensor | None, so
         "num_warps": settings.num_warps,
         "num_stages": settings.num_stages,
     }
-
-
-def add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """`out += a b` with a float32 accumulator in memory, which cuBLAS does not offer for 16-bit factors.
-
-    Args:
-        out: `[M, N]` float32, rows contiguous; changed in place.
-        a: `[M, K]`, any strides.
-        b: `[K, N]`, same dtype, any strides.
-    """
-    (m, k), n = a.shape, b.shape[1]
-    settings = product_settings(a.dtype, _device_properties(a.device)[0])
-    _add_product_kernel[(_cdiv(m, settings.block_m) * _cdiv(n, settings.block_n),)](
-        out, a, b, m, n, k, out.stride(0), *a.stride(), *b.stride(), PRECISION="ieee",
-        BLOCK_M=settings.block_m, BLOCK_N=settings.block_n, BLOCK_K=settings.block_k, GROUP_M=settings.group_m,
-        num_warps=settings.num_warps, num_stages=settings.num_stages,
-    )  # fmt: skip

@@ -1,0 +1,27 @@
+"""The README's figures are those of the committed records."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_figures_come_from_the_records():
+    spec = importlib.util.spec_from_file_location("records", ROOT / "benchmarks/records.py")
+    assert spec is not None
+    assert spec.loader is not None
+    records = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(records)
+    readme = (ROOT / "README.md").read_text()
+    assert records.updated(readme) == readme, "run: python benchmarks/records.py"
+
+
+def test_every_tested_family_is_named():
+    from architectures.families import FAMILIES
+
+    readme = (ROOT / "README.md").read_text()
+    plain = {"Llama, tied": "Llama", "Falcon, ALiBi": "Falcon (rotary and ALiBi)", "BERT, as a decoder": "BERT as a decoder"}
+    missing = [name for name in FAMILIES if plain.get(name, name) not in " ".join(readme.split())]
+    assert not missing
