@@ -20,6 +20,7 @@ def tables(record: dict[str, Any]) -> str:
         timed = [row for row in rows if "seconds" in row]
         ours = next(row for row in timed if row["name"] == "fastforget")
         unit = ours["unit"]
+        ceiling = max((row["rate"] for row in timed if "ceiling" in row["name"]), default=None)
         lines = [f"**{group}** ({where})", "", f"| | seconds (fastest to slowest) | {unit} | peak MB | fastforget is |"]
         lines.append("|---|---:|---:|---:|---:|")
         for row in sorted(timed, key=lambda row: -row["seconds"]):
@@ -27,6 +28,7 @@ def tables(record: dict[str, Any]) -> str:
             ratio = "" if row is ours else f"{row['seconds'] / ours['seconds']:.2f}x as fast"
             rate = f"{row['rate']:,.0f}" if row["rate"] >= 100 else f"{row['rate']:.3g}"
             name = f"**{row['name']}**" if row is ours else row["name"]
+            rate += f" ({row['rate'] / ceiling:.0%} of the ceiling)" if ceiling else ""
             lines.append(f"| {name} | {row['seconds']:.3f} ({spread}) | {rate} | {row['peak_mb']:,.0f} | {ratio} |")
         lines += [
             f"| {row['name']} | not measured: {row['unavailable']} | | | |" for row in rows if "unavailable" in row
