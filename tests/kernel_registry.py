@@ -44,6 +44,11 @@ class Operation:
     dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32, torch.bfloat16, torch.float16))
 
 
+def upcast(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs, floating-point tensors in float64."""
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
 # linear_cross_entropy ------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_registry import ARCHITECTURES, OPERATIONS, Operation
+from kernel_registry import ARCHITECTURES, OPERATIONS, Operation, upcast
 
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program may use
 IMPLEMENTATIONS = [
@@ -31,10 +31,6 @@ DTYPES = [pytest.param(d, id=str(d)[6:]) for d in (torch.float64, torch.float32,
 
 def on(device: str, inputs: dict[str, Any]) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-
-
-def upcast(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def assert_within_two_errors(name: str, got: torch.Tensor, oracle: torch.Tensor, eager: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_registry import OPERATIONS, upcast
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -161,6 +162,22 @@ def test_float32_is_full_precision(impl: str):
     x, w, t = head(8, 512, 40)
     expected = reference.linear_cross_entropy(x.double(), w.double(), t)[0]
     assert (ops.linear_cross_entropy(x, w, t, impl=impl).loss - expected).abs().max() < 1e-4  # tf32: 3e-2
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", ["bias, softcap and scale", "ties", "banned classes", "strided", "plain"])
+@pytest.mark.parametrize("impl", ["torch", INTERPRETER])
+def test_many_blocks_equal_the_oracle(impl: str, case: str, monkeypatch: pytest.MonkeyPatch):
+    from fastforget_kernels import linear_cross_entropy as kernels
+
+    for name, size in (("_TORCH_ROWS", 16), ("_TORCH_COLUMNS", 24), ("_TRITON_ROWS", 48), ("_TRITON_COLUMNS", 320)):
+        monkeypatch.setattr(implementation, name, size)
+    monkeypatch.setattr(kernels, "MAX_ROWS", 32)
+    (operation,) = (operation for operation in OPERATIONS if operation.name == "linear_cross_entropy")
+    inputs = operation.cases[case](torch.float32)
+    got, expected = operation.run(inputs, impl), operation.oracle(upcast(inputs))
+    for name, value in expected.items():
+        assert torch.allclose(got[name].double(), value.double(), rtol=1e-4, atol=1e-5), name
 
 
 class LargestTensor(TorchDispatchMode):

@@ -58,7 +58,7 @@ class Size:
     max_length: int = 256
     row: int = 128
     batch_size: int = 4
-    base_tokens: int = 800_000
+    base_tokens: int = 700_000
     task_tokens: int = 36_000
     upstream_characters: int = 480_000
     task_characters: int = 150_000

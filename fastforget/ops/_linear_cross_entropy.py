@@ -144,9 +144,7 @@ def _forward(
         forward_ = _torch_forward_
     with torch.autocast(input.device.type, enabled=False):  # the inputs are cast already; sums stay in float32
         forward_(loss, hit, lse, input, weight, target, bias, softcap, scale)
-    ignored = target == ignore_index
-    loss.masked_fill_(ignored, 0.0)
-    hit.masked_fill_(ignored, False)
+    loss.masked_fill_(target == ignore_index, 0.0)  # it is NaN, and hit False, where the label is no class
     return loss, hit, lse
 
 
