@@ -6,14 +6,27 @@ Imported by the gate tests, and by `ahead_of_time.py` in a process without the i
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+import triton
 from torch import Tensor
 
 from fastforget import ops, reference
+
+
+def interpreter_problem() -> str:
+    """Why kernels cannot be interpreted in this process; empty where they can."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "TRITON_INTERPRET=1 is not set"
+    if triton.__version__.startswith("3.6.") and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        return "Triton 3.6 interprets with NumPy before 2.4 only"
+    return ""
+
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}

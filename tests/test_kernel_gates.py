@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_registry import ARCHITECTURES, OPERATIONS, Operation, upcast
+from kernel_registry import ARCHITECTURES, OPERATIONS, Operation, interpreter_problem, upcast
 
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program may use
 IMPLEMENTATIONS = [
@@ -20,7 +20,7 @@ IMPLEMENTATIONS = [
         "triton",
         "cpu",
         id="interpreter",
-        marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set"),
+        marks=pytest.mark.skipif(bool(interpreter_problem()), reason=interpreter_problem()),
     ),
     pytest.param("triton", "cuda", id="triton-gpu", marks=pytest.mark.gpu),
     pytest.param("torch", "cuda", id="torch-gpu", marks=pytest.mark.gpu),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_registry import OPERATIONS, upcast
+from kernel_registry import OPERATIONS, interpreter_problem, upcast
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,8 +17,7 @@ from fastforget import ops, reference
 from fastforget.ops import _linear_cross_entropy as implementation
 
 INTERPRETER = pytest.param(
-    "triton",
-    marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set"),
+    "triton", marks=pytest.mark.skipif(bool(interpreter_problem()), reason=interpreter_problem())
 )
 
 

@@ -58,7 +58,7 @@ class Size:
     max_length: int = 256
     row: int = 128
     batch_size: int = 4
-    base_tokens: int = 700_000
+    base_tokens: int = 600_000
     task_tokens: int = 36_000
     upstream_characters: int = 480_000
     task_characters: int = 150_000
@@ -174,7 +174,7 @@ class _Demo:
             rows = [json.dumps(asdict(document)) for document in documents]
             (folder / group).mkdir(parents=True, exist_ok=True)
             (folder / group / f"{domain.name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
-            self._say(domain.name, f"{total // 1000:>3},000 characters: {domain.about}")
+            self._say(domain.name, f"{total:>7,} characters: {domain.about}")
         found = {group: len(list((folder / group).glob("*"))) for group in ("upstream", "tasks")}
         for group, least in (("upstream", MIN_UPSTREAM_DOMAINS), ("tasks", MIN_TASKS)):
             if found[group] < least:

@@ -67,8 +67,10 @@ def _add_product_kernel(
     group = pid // (GROUP_M * n_blocks)
     group_size = tl.minimum(m_blocks - group * GROUP_M, GROUP_M)
     within = pid % (GROUP_M * n_blocks)
-    offs_m = (group * GROUP_M + within % group_size) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = within // group_size * BLOCK_N + tl.arange(0, BLOCK_N)
+    m0 = (group * GROUP_M + within % group_size) * BLOCK_M
+    n0 = within // group_size * BLOCK_N
+    offs_m = m0 + tl.arange(0, BLOCK_M)
+    offs_n = n0 + tl.arange(0, BLOCK_N)
     rows = tl.minimum(offs_m, M - 1).to(tl.int64)
     columns = tl.minimum(offs_n, N - 1).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
@@ -81,7 +83,9 @@ def _add_product_kernel(
         acc = dot(a, b, acc, PRECISION)
         a_ptrs += BLOCK_K * stride_a_k
         b_ptrs += BLOCK_K * stride_b_k
-    out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_out_m + offs_n[None, :]
+    # A 64-bit start and 32-bit offsets: a tile of 64-bit pointers takes half of the registers.
+    out_ptr += m0.to(tl.int64) * stride_out_m + n0
+    out_ptrs = out_ptr + tl.arange(0, BLOCK_M)[:, None] * stride_out_m + tl.arange(0, BLOCK_N)[None, :]
     mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
     tl.store(out_ptrs, tl.load(out_ptrs, mask=mask, other=0.0) + acc, mask=mask)
 

@@ -263,7 +263,9 @@ def _grad_logits_kernel(
     if HAS_SOFTCAP:
         grad *= 1.0 - (z / softcap) * (z / softcap)
     grad *= scale
-    grad_ptrs = grad_ptr + offs_s.to(tl.int64)[:, None] * stride_grad_s + offs_v[None, :]
+    # A 64-bit start and 32-bit offsets: a tile of 64-bit pointers takes half of the registers.
+    grad_ptr += s0.to(tl.int64) * stride_grad_s + v0
+    grad_ptrs = grad_ptr + tl.arange(0, BLOCK_S)[:, None] * stride_grad_s + tl.arange(0, BLOCK_V)[None, :]
     tl.store(grad_ptrs, cast(grad, grad_ptr.dtype.element_ty), mask=mask_s[:, None] & (offs_v[None, :] < V))
 
 
