@@ -73,6 +73,8 @@ def _operations() -> list[str]:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__  # with the build, such as +cu130, which the metadata may lack
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
