@@ -66,7 +66,7 @@ def demo(
 ) -> None:
     """Show a forgetting matrix of real text in minutes.
 
-    Trains a small model on text of this machine, fine-tunes it on eight tasks, and shows what each made it forget.
+    Trains a small model on text of this machine, fine-tunes it on twelve tasks, and shows what each made it forget.
     """
     from fastforget.demo import run
 
