@@ -58,7 +58,7 @@ gpu:
 	@mkdir -p $(or $(OUT),records)
 	@status=0; \
 	$(PYTHON) -m fastforget doctor | tee $(or $(OUT),records)/doctor.txt || status=1; \
-	$(PYTHON) -m pytest -m gpu tests | tee $(or $(OUT),records)/tests.txt || status=1; \
+	$(PYTHON) -m pytest -m gpu -W default tests | tee $(or $(OUT),records)/tests.txt || status=1; \
 	$(PYTHON) -m fastforget bench --out $(or $(OUT),records) | tee $(or $(OUT),records)/benchmarks.txt || status=1; \
 	exit $$status
 

@@ -157,7 +157,7 @@ def verified_transform(
     model: nn.Module,
     head: nn.Module,
     input_ids: Tensor,
-    forward: Callable[[Tensor, Tensor, Tensor | None], Any],
+    forward: Callable[..., Any],
     impl: str,
 ) -> LogitTransform:
     """What the model does to its logits after the head, found by a probe and checked against its own logits once.
@@ -166,7 +166,7 @@ def verified_transform(
         model: The model, in eval mode.
         head: Its head.
         input_ids: `[B, T]`, of which a few tokens are used.
-        forward: Calls the model with input_ids, position_ids and attention_mask.
+        forward: Calls the model with input_ids, and optionally position_ids and attention_mask.
         impl: Implementation to check.
 
     Returns:
@@ -178,11 +178,17 @@ def verified_transform(
     """
     parameter = next(head.parameters())
     adapters = tuple(getattr(head, "active_adapters", ())), getattr(head, "disable_adapters", None)
-    state = (type(model), adapters, parameter.dtype, parameter.device, torch.is_autocast_enabled(parameter.device.type))
+    device = parameter.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    numbers = {k: v for k, v in vars(unwrapped(model).config).items() if isinstance(v, int | float)}  # scales, softcaps
+    state = (type(model), adapters, parameter.dtype, parameter.device, autocast, tuple(numbers.items()))
     known = _verified.setdefault(head, {})
     if state not in known and input_ids.numel():
         with torch.no_grad():
-            known[state] = _measure_transform(model, head, input_ids, forward, impl)
+            transform, checked = _measure_transform(model, head, input_ids, forward, impl)
+        if not checked:
+            return transform
+        known[state] = transform
     return known.get(state, LogitTransform())
 
 
@@ -206,44 +212,55 @@ def _measure_transform(
     model: nn.Module,
     head: nn.Module,
     input_ids: Tensor,
-    forward: Callable[[Tensor, Tensor, Tensor | None], Any],
+    forward: Callable[..., Any],
     impl: str,
-) -> LogitTransform:
+) -> tuple[LogitTransform, bool]:
+    """The transform, and whether there was a finite loss to check it by."""
     ids = input_ids[:1, :_CHECKED_TOKENS]
     length = ids.shape[1]
-    position_ids = torch.arange(length + 1, device=ids.device)[None]
-    logits = forward(ids, position_ids[:, :-1], None).logits[0].double()  # [T, V]
+    name = type(unwrapped(model)).__name__
+    logits = forward(ids).logits[0].double()  # [T, V]
     # The same tokens again, once with one more token behind them and once with one of padding: neither may matter.
     longer = nn.functional.pad(ids, (0, 1), value=0).repeat(2, 1)
-    mask = torch.ones_like(longer, dtype=torch.bool)
-    mask[1, -1] = False
+    mask = torch.ones_like(longer)
+    mask[1, -1] = 0
     probe = _Probe(head)
     with swapped_forward(head, probe):
-        response = forward(longer, position_ids.expand(2, -1), mask).logits[0, 0].double().tolist()
-    transform = _fit_transform(type(model).__name__, _Probe.values, response)
+        try:
+            response = forward(longer, None, mask).logits[0, 0].double().tolist()
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"model: {name} reads particular logits after its head ({error}); only a scale and a softcap are supported"
+            ) from error
+    transform = _fit_transform(name, _Probe.values, response)
     target = ids[0].roll(-1)
     expected = torch.logsumexp(logits, 1) - logits.gather(1, target.to(logits.device)[:, None])[:, 0]
-    device = probe.hidden.device.type
-    computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else probe.hidden.dtype
-    tolerance = max(2 * torch.finfo(computed).eps, 1e-4) * (1 + float(logits.abs().max()))
+    finite = expected.isfinite()  # a diverged model is measured, as NaN, and checked when it is finite again
+    device = probe.hidden.device
+    computed = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else probe.hidden.dtype
+    tolerance = max(2 * torch.finfo(computed).eps, 1e-4) * (
+        1 + float(logits[finite].abs().max()) if finite.any() else 1
+    )
     for row, change in ((0, "a later token"), (1, "padding")):
         loss = linear_cross_entropy(
             probe.hidden[row, :-1],
             probe.weight,
-            target.to(probe.hidden.device),
+            target.to(device),
             linear_bias=probe.bias,
             softcap=transform.softcap,
             scale=transform.scale,
             impl=impl,
         ).loss
-        error = float((loss.double() - expected.to(loss.device)).abs().max())
+        error = float((loss.double() - expected.to(device))[finite.to(device)].abs().amax()) if finite.any() else 0.0
         if not error <= tolerance:
             raise ValueError(
-                f"model: {type(model).__name__}'s own logits give another loss than its head's input and weight: "
-                f"{error:.2g} nats apart, {tolerance:.2g} allowed, on {length} tokens with {change} behind them. Either it "
-                "is not causal, or it changes hidden states or logits around its head; it cannot be measured exactly"
+                f"model: {name}'s own logits give another loss than its head's input and weight: {error:.2g} nats apart, "
+                f"{tolerance:.2g} allowed, on {length} tokens with {change} behind them. Either it is not causal, or it "
+                "changes hidden states or logits around its head; it cannot be measured exactly"
             )
-    return transform
+    return transform, bool(finite.any())
 
 
 def _fit_transform(model: str, values: tuple[float, ...], response: list[float]) -> LogitTransform:

@@ -39,8 +39,8 @@ class PackedRows(NamedTuple):
     """The examples of a batch, one a row, without their padding on the left."""
 
     input_ids: Tensor  # [B, T]
-    position_ids: Tensor  # [B, T]
-    attention_mask: Tensor | None  # [B, T] bool; None where nothing is padded
+    position_ids: Tensor | None  # [B, T]; None where they count from 0, which is every model's default
+    attention_mask: Tensor | None  # [B, T] int64; None where nothing is padded
     target: Tensor  # [B, T]: label of the next token, IGNORE where there is none
     source: Tensor | None  # flat index into the caller's [B, T] of every token here, row by row; None if unchanged
 
@@ -89,7 +89,7 @@ def log_perplexity(
         at_label = nn.functional.pad(loss, (1, 0))[:, :-1]  # from the predicting token to the predicted one
         if rows.source is None:
             return at_label
-        kept = torch.ones_like(at_label, dtype=torch.bool) if rows.attention_mask is None else rows.attention_mask
+        kept = torch.ones_like(at_label, dtype=torch.bool) if rows.attention_mask is None else rows.attention_mask != 0
         result = at_label.new_zeros(input_ids.numel())
         return result.index_put((rows.source,), at_label[kept]).view(input_ids.shape)
     total = loss.to(_sum_dtype(loss)).sum(1)
@@ -187,13 +187,22 @@ class _HeadLoss:
         return hidden.new_zeros(*hidden.shape[:-1], 1)
 
 
-def _forward(model: Any, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Any:
+def _forward(
+    model: Any, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
+) -> Any:
     """One call of the model, with the arguments that it takes."""
     inner = unwrapped(model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT's forward takes anything
     taken = inspect.signature(inner.forward).parameters
-    arguments = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
-    return model(input_ids=input_ids, **{k: v for k, v in arguments.items() if k in taken}, return_dict=True)
+    arguments = {"attention_mask": attention_mask, "use_cache": False, "return_dict": True}
+    arguments = {name: value for name, value in arguments.items() if name in taken or name == "return_dict"}
+    if position_ids is not None:
+        if "position_ids" not in taken:
+            raise ValueError(
+                f"position_ids: {type(inner).__name__} takes none, got positions that do not count from 0; leave them out"
+            )
+        arguments["position_ids"] = position_ids
+    return model(input_ids=input_ids, **arguments)
 
 
 def _check_batch(
@@ -203,32 +212,36 @@ def _check_batch(
     labels: Tensor | None,
     position_ids: Tensor | None,
 ) -> None:
-    if input_ids.ndim != 2 or input_ids.is_floating_point():
-        raise ValueError(f"input_ids: expected int64 of shape [B, T], got {input_ids.dtype} {tuple(input_ids.shape)}")
-    for name, tensor in (("attention_mask", attention_mask), ("labels", labels), ("position_ids", position_ids)):
-        if tensor is not None and tensor.shape != input_ids.shape:
-            hint = "; pass unshifted labels" if name == "labels" else ""
-            raise ValueError(
-                f"{name}: expected shape [B, T] = {tuple(input_ids.shape)}, got {tuple(tensor.shape)}{hint}"
-            )
-        if tensor is not None and tensor.device != input_ids.device:
-            raise ValueError(f"{name}: expected device {input_ids.device} like input_ids, got {tensor.device}")
-    if not input_ids.numel():
-        return
+    named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "position_ids": position_ids}
+    for name, tensor in named.items():
+        if name != "input_ids" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}; call torch.tensor on it")
+        if name != "attention_mask" and tensor.dtype != torch.int64:
+            raise TypeError(f"{name}: expected int64, got {str(tensor.dtype)[6:]}; call .long()")
+        if name == "input_ids" and (tensor.ndim != 2 or 0 in tensor.shape):
+            raise ValueError(f"input_ids: expected shape [B, T] with B, T >= 1, got {tuple(tensor.shape)}; add [None]")
+        if tensor.shape != input_ids.shape:
+            hint = "pass unshifted labels" if name == "labels" else "pass one entry a token"
+            raise ValueError(f"{name}: expected shape [B, T] = {(*input_ids.shape,)}, got {(*tensor.shape,)}; {hint}")
+        if tensor.device != input_ids.device:
+            raise ValueError(f"{name}: expected device {input_ids.device} like input_ids, got {tensor.device}; move it")
     tokens = unwrapped(model).get_input_embeddings().weight.shape[0]
     classes = unwrapped(model).get_output_embeddings().weight.shape[0]
-    for name, tensor, bound, lowest in (("input_ids", input_ids, tokens, 0), ("labels", labels, classes, IGNORE)):
-        if tensor is None:
-            continue
-        if tensor.is_floating_point():
-            raise ValueError(f"{name}: expected int64, got {tensor.dtype}")
-        wrong = (tensor >= bound) | ((tensor < 0) & ((tensor != IGNORE) | (lowest == 0)))
-        if bool(wrong.any()):
-            row, column = wrong.nonzero()[0].tolist()
-            allowed = "" if lowest == 0 else f" or {IGNORE}"
-            raise ValueError(
-                f"{name}: expected values in [0, {bound}){allowed}, got {int(tensor[row, column])} at row {row}, token {column}"
-            )
+    _check_values("input_ids", input_ids, (input_ids < 0) | (input_ids >= tokens), f"[0, {tokens})")
+    if labels is not None:
+        wrong = (labels != IGNORE) & ((labels < 0) | (labels >= classes))
+        _check_values("labels", labels, wrong, f"[0, {classes}) or {IGNORE}")
+    if position_ids is not None:
+        _check_values("position_ids", position_ids, position_ids < 0, "[0, the model's limit)")
+
+
+def _check_values(name: str, tensor: Tensor, wrong: Tensor, allowed: str) -> None:
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        place = f"{int(tensor[row, column])} at row {row}, token {column}"
+        raise ValueError(f"{name}: expected values in {allowed}, got {place}; do model and tokenizer belong together?")
 
 
 def _pack_rows(
@@ -237,8 +250,7 @@ def _pack_rows(
     """Move every example to the start of a row of its own, so that each sees what it would see alone."""
     labels = input_ids if labels is None else labels
     if attention_mask is None and position_ids is None:
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return PackedRows(input_ids, positions, None, _shift(labels), None)
+        return PackedRows(input_ids, None, None, _shift(labels), None)
     attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     counted = attended.cumsum(1)
     starts = attended & (counted == 1)
@@ -257,8 +269,10 @@ def _pack_rows(
 
     own = torch.arange(shape[1], device=input_ids.device).expand(shape)
     mask = own < lengths[:, None]
-    positions = own if position_ids is None else rows(position_ids, 0)
-    padded = None if bool(mask.all()) else mask
+    positions = None if position_ids is None else rows(position_ids, 0)
+    if positions is not None and torch.equal(positions[mask], own[mask]):
+        positions = None
+    padded = None if bool(mask.all()) else mask.long()  # some models subtract it from 1
     return PackedRows(rows(input_ids, 0), positions, padded, _shift(rows(labels, IGNORE)), source)
 
 

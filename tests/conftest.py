@@ -28,3 +28,20 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_shards(tmp_path, monkeypatch):
+    """A token cache of the test's own, and shards so small that tiny data has several."""
+    from fastforget.matrix import plan
+
+    monkeypatch.setenv("FASTFORGET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(plan, "TOKENS_PER_SHARD", (2048, 2**21))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Base, checkpoints, adapters and upstream examples on disk; read only."""
+    from tiny_models import save_world
+
+    return save_world(tmp_path_factory.mktemp("world"))

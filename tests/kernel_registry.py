@@ -28,7 +28,7 @@ def interpreter_problem() -> str:
     return ""
 
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")  # consumer cards of any generation run sm_80's settings
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
@@ -70,7 +70,7 @@ def _head(rows: int, hidden: int, classes: int, **options: Any) -> Callable[[tor
         generator = torch.Generator().manual_seed(rows * 1_000_003 + hidden * 1009 + classes)
         size = options.get("size", 1.0)
         target = torch.randint(classes, (rows,), generator=generator)
-        target[rows // 2 : rows // 2 + 1] = -100
+        target[rows // 2 : rows // 2 + 1] = options.get("ignore_index", -100)
         inputs = {
             "input": (torch.randn(rows, hidden, generator=generator) * size).to(dtype),
             "linear_weight": torch.randn(classes, hidden, generator=generator).to(dtype) / hidden**0.5,
@@ -78,6 +78,7 @@ def _head(rows: int, hidden: int, classes: int, **options: Any) -> Callable[[tor
             "linear_bias": torch.randn(classes, generator=generator).to(dtype) if options.get("bias") else None,
             "softcap": options.get("softcap"),
             "scale": options.get("scale", 1.0),
+            "ignore_index": options.get("ignore_index", -100),
         }
         return options["change"](inputs) if "change" in options else inputs
 
@@ -140,11 +141,22 @@ def _compile_linear_cross_entropy(arch: str) -> Iterator[Compilation]:
     from fastforget_kernels import add_product
     from fastforget_kernels import linear_cross_entropy as kernels
 
-    # bfloat16 and float16 differ in one instruction: float16 is compiled once. H = 100 has no aligned row.
-    variants = [(torch.bfloat16, False, 4096), (torch.bfloat16, True, 4096), (torch.bfloat16, True, 100)]
-    variants += [(torch.float16, False, 4096), (torch.float32, True, 4096), (torch.float32, True, 100)]
-    for (dtype, bias, hidden), backward in itertools.product(variants, (False, True)):
-        settings = kernels.tile_settings(dtype, hidden, arch, stores_tile=backward)
+    # bfloat16 and float16 differ in one instruction: float16 is compiled once. H = 100 has no aligned row, 80 no full block.
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    variants = [  # dtype, bias, softcap, hidden, unit stride
+        (bf16, False, False, 4096, True),
+        (bf16, True, True, 4096, True),
+        (bf16, False, True, 2304, True),
+        (bf16, True, True, 100, True),
+        (bf16, False, False, 80, True),
+        (bf16, False, False, 4096, False),
+        (fp16, False, False, 4096, True),
+        (fp32, True, True, 4096, True),
+        (fp32, True, True, 100, True),
+        (fp32, False, False, 4096, False),
+    ]
+    for (dtype, bias, softcap, hidden, unit), backward in itertools.product(variants, (False, True)):
+        settings = kernels.tile_settings(dtype, hidden, arch, contiguous=unit, stores_tile=backward)
         pointer = POINTER[dtype]
         types = {"input_ptr": pointer, "weight_ptr": pointer, "scale": "fp32", "softcap": "fp32"}
         types |= dict.fromkeys(("S", "H", "V", "stride_input_s", "stride_weight_v"), "i32")
@@ -157,11 +169,16 @@ def _compile_linear_cross_entropy(arch: str) -> Iterator[Compilation]:
             types |= {"target_ptr": "*i64", "splits": "i32", "tiles_per_split": "i32"}
             types |= dict.fromkeys(("max_ptr", "sum_ptr", "target_logit_ptr", "max_before_ptr"), "*fp32")
         constants = {} if bias else {"bias_ptr": None}
-        constants |= {"stride_input_h": 1, "stride_weight_h": 1, "HAS_BIAS": bias, "HAS_SOFTCAP": bias}
+        constants |= {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
+        if unit:
+            constants |= {"stride_input_h": 1, "stride_weight_h": 1}
+        else:
+            types |= {"stride_input_h": "i32", "stride_weight_h": "i32"}
         constants |= {"EVEN_H": hidden % settings.block_h == 0, "PRECISION": "ieee", "BLOCK_S": settings.block_s}
         constants |= {"BLOCK_V": settings.block_v, "BLOCK_H": settings.block_h, "GROUP_S": settings.group_s}
         yield Compilation(
-            f"{'grad_logits' if backward else 'forward'}-{str(dtype)[6:]}{'-bias-softcap' * bias}-H{hidden}",
+            f"{'grad_logits' if backward else 'forward'}-{str(dtype)[6:]}{'-bias' * bias}{'-softcap' * softcap}-H{hidden}"
+            f"{'-strided' * (not unit)}",
             kernels._grad_logits_kernel if backward else kernels._forward_kernel,
             types,
             constants,
@@ -212,6 +229,7 @@ OPERATIONS = (
             "saturated softcap": _head(17, 64, 300, size=40.0, softcap=5.0),
             "ties": _head(70, 8, 900, change=_integer_ties),
             "banned classes": _head(12, 20, 1500, bias=True, change=_banned_classes),
+            "ignored class": _head(60, 3, 4, ignore_index=2),
             "strided": _head(40, 30, 200, change=_strided),
         },
         _run_linear_cross_entropy,

@@ -69,6 +69,7 @@ def test_bad_options(options, error, message):
         ops.linear_cross_entropy(X, W, T, **options)
 
 
+@pytest.mark.skipif(bool(interpreter_problem()), reason=interpreter_problem())
 def test_float64_is_refused_by_triton():
     with pytest.raises(TypeError, match='float64; pass impl="torch"'):
         ops.linear_cross_entropy(X.double(), W.double(), T, impl="triton")
@@ -95,6 +96,11 @@ def test_auto_follows_the_device_to_triton(monkeypatch: pytest.MonkeyPatch):
     from fastforget.ops import _dispatch
 
     monkeypatch.setattr(_dispatch, "_TRITON_PROBLEM", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert ops.resolve("auto", torch.device("cuda"))[0] == "torch"
+    with pytest.raises(ValueError, match=r"compute capability 8\.0"):
+        ops.resolve("triton", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert ops.resolve("auto", torch.device("cuda"))[0] == "triton"
 
 
@@ -106,6 +112,23 @@ def test_opcheck(impl: str):
     grads = (torch.ones(6), torch.zeros(6), X, W, T, None, torch.ones(6), 0.0, 1.0, -100, impl)
     for need in itertools.product((True, False), repeat=3):
         opcheck(implementation._backward, (*grads, *need))
+
+
+@pytest.mark.gpu
+def test_compiles_as_one_graph_on_a_gpu():
+    x, w, t = (tensor.cuda() for tensor in head(40, 64, 500))
+    compiled = torch.compile(lambda a: ops.linear_cross_entropy(torch.tanh(a), w, t).loss.sum(), fullgraph=True)
+    assert torch.allclose(compiled(x), ops.linear_cross_entropy(torch.tanh(x), w, t).loss.sum(), rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_launches_on_the_tensors_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, w, t = head(40, 64, 500)
+    expected = ops.linear_cross_entropy(x, w, t).loss
+    got = ops.linear_cross_entropy(x.to("cuda:1"), w.to("cuda:1"), t.to("cuda:1")).loss
+    assert torch.allclose(got.cpu(), expected, atol=1e-4)
 
 
 def test_compiles_as_one_graph():

@@ -187,6 +187,16 @@ def test_compiled_model():
 # adapters ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["Llama", "Gemma 2"])
+def test_lora_on_the_head_on_a_gpu(family: str):
+    model = randomise_lora(get_peft_model(build(family), LoraConfig(r=4, target_modules=["q_proj", "lm_head"])))
+    with torch.no_grad():
+        expected = oracle(model.eval())
+        got = ff.log_perplexity(model.cuda(), IDS.cuda(), MASK.cuda())
+    assert (got.cpu() - expected).abs().max() <= 1e-4
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"], "all-linear"])
 def test_lora(targets: list[str] | str):
     model = randomise_lora(get_peft_model(build("Llama"), LoraConfig(r=4, target_modules=targets)))
@@ -295,25 +305,71 @@ def test_a_quantised_head_is_refused():
         ff.log_perplexity(model, IDS)
 
 
+def test_logits_that_are_read_by_index_are_refused():
+    for column in (50, slice(50, 51)):
+        model = build("Llama")
+        model.lm_head.register_forward_hook(
+            lambda module, args, output, c=column: output.sub(output[..., c].view(1, -1, 1))
+        )
+        with pytest.raises(ValueError, match="reads particular logits"):
+            ff.log_perplexity(model, IDS)
+
+
+def test_a_scale_changed_later_is_seen():
+    model = build("Granite")
+    assert_equals_oracle(model)
+    model.config.logits_scaling = 2
+    assert_equals_oracle(model)
+
+
+def test_a_diverged_model_gives_nan_and_is_checked_when_it_is_finite_again():
+    model = build("Llama")
+    norm = model.model.norm.weight.detach().clone()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+        assert ff.log_perplexity(model, IDS, MASK).isnan().all()
+        model.model.norm.weight.copy_(norm)
+    assert_equals_oracle(model)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"input_ids": IDS[0]}, r"input_ids: expected int64 of shape \[B, T\]"),
-        ({"input_ids": IDS.float()}, "input_ids: expected int64"),
-        ({"input_ids": IDS + 200}, r"input_ids: expected values in \[0, 131\), got"),
-        ({"input_ids": IDS, "attention_mask": MASK[:, 1:]}, r"attention_mask: expected shape .* got \(3, 9\)"),
-        ({"input_ids": IDS, "labels": IDS[:, 1:]}, "pass unshifted labels"),
-        ({"input_ids": IDS, "labels": IDS - 50}, r"labels: expected values in \[0, 131\) or -100, got -"),
-        ({"input_ids": IDS, "labels": IDS + 100}, r"labels: expected values .* at row \d, token \d"),
-        ({"input_ids": IDS, "position_ids": IDS[:2]}, "position_ids: expected shape"),
-        ({"input_ids": IDS, "reduction": "max"}, 'reduction: expected "mean", "sum" or "token", got \'max\''),
-        ({"input_ids": IDS, "impl": "cuda"}, "impl: expected"),
-        ({"input_ids": IDS, "labels": IDS.to("meta")}, "labels: expected device cpu"),
+        ({"input_ids": IDS[0]}, ValueError, r"input_ids: expected shape \[B, T\] .* got \(10,\); add \[None\]"),
+        ({"input_ids": IDS[:0]}, ValueError, r"input_ids: expected shape .* got \(0, 10\)"),
+        ({"input_ids": IDS[:, :0]}, ValueError, r"input_ids: expected shape .* got \(3, 0\)"),
+        ({"input_ids": IDS.tolist()}, TypeError, "input_ids: expected a tensor, got list; call torch.tensor"),
+        ({"input_ids": IDS.float()}, TypeError, r"input_ids: expected int64, got float32; call .long\(\)"),
+        ({"input_ids": IDS.int()}, TypeError, "input_ids: expected int64, got int32"),
+        ({"input_ids": IDS + 200}, ValueError, r"input_ids: expected values in \[0, 131\), got"),
+        (
+            {"input_ids": IDS, "attention_mask": MASK[:, 1:]},
+            ValueError,
+            r"attention_mask: expected shape .* got \(3, 9\)",
+        ),
+        ({"input_ids": IDS, "labels": IDS[:, 1:]}, ValueError, "pass unshifted labels"),
+        ({"input_ids": IDS, "labels": IDS.int()}, TypeError, "labels: expected int64, got int32"),
+        ({"input_ids": IDS, "labels": IDS - 50}, ValueError, r"labels: expected values in \[0, 131\) or -100, got -"),
+        ({"input_ids": IDS, "labels": IDS + 100}, ValueError, r"labels: expected values .* at row \d, token \d"),
+        ({"input_ids": IDS, "position_ids": IDS[:2]}, ValueError, "position_ids: expected shape"),
+        ({"input_ids": IDS, "position_ids": -IDS}, ValueError, "position_ids: expected values"),
+        (
+            {"input_ids": IDS, "reduction": "max"},
+            ValueError,
+            'reduction: expected "mean", "sum" or "token", got \'max\'',
+        ),
+        ({"input_ids": IDS, "impl": "cuda"}, ValueError, "impl: expected"),
+        ({"input_ids": IDS, "labels": IDS.to("meta")}, ValueError, "labels: expected device cpu"),
     ],
 )
-def test_bad_arguments(arguments: dict, message: str):
-    with pytest.raises(ValueError, match=message):
+def test_bad_arguments(arguments: dict, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
         ff.log_perplexity(build("Llama"), **arguments)
+
+
+def test_positions_that_a_model_does_not_take_are_refused():
+    with pytest.raises(ValueError, match="position_ids: BloomForCausalLM takes none"):
+        ff.log_perplexity(build("BLOOM"), IDS, position_ids=(torch.arange(10) + 3).expand(3, -1))
 
 
 def test_loads_back_from_disk(tmp_path: Path):

@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     build,
     matrix_of,
     save_adapter,
     save_base,
     save_tuned,
-    save_world,
     tiny_model,
     tiny_tokenizer,
 )
@@ -20,29 +20,11 @@ from transformers import AutoModelForCausalLM
 
 import fastforget as ff
 from fastforget import perplexity
-from fastforget.matrix import models, plan, runner
+from fastforget.matrix import models, runner
 from fastforget.matrix.store import Store
 from fastforget.matrix.upstream import load_upstream
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def small_shards_and_own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTFORGET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(plan, "TOKENS_PER_SHARD", (2048, 2**21))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return save_world(tmp_path_factory.mktemp("world"))
+pytestmark = pytest.mark.usefixtures("small_shards")
 
 
 def examples_of(world, **settings):
@@ -245,6 +227,35 @@ def test_nan_rows_are_kept_counted_and_listed(world, tmp_path):
     json.dumps(summary)
     with pytest.warns(RuntimeWarning, match=f"{len(bad)} of 40 columns hold NaN and are left out"):
         assert matrix.low_rank_r2(2) == pytest.approx(1.0)
+
+
+def test_a_diverged_adapter_is_kept_as_nan(world, tmp_path):
+    adapter = tmp_path / "diverged"
+    shutil.copytree(world / "lora", adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: torch.full_like(t, torch.nan) for name, t in weights.items()}, adapter / "adapter_model.safetensors"
+    )
+    matrix = build(world, tmp_path / "out", [adapter, "lora"])
+    assert np.isnan(matrix.values[0]).all()
+    assert np.isfinite(matrix.values[1]).all()
+    assert matrix.summary()["nan"]["count"] == 40
+
+
+def test_a_lost_table_is_written_again_by_the_same_command(world, tmp_path):
+    first = build(world, tmp_path / "out", ["lora"])
+    (tmp_path / "out" / "examples.parquet").unlink()
+    again = build(world, tmp_path / "out", ["lora"])
+    assert np.array_equal(first.values, again.values)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(world, tmp_path):
+    settings = {"device": "cuda", "dtype": "bfloat16", "noise_examples": 8}
+    first, again = (build(world, tmp_path / name, **settings) for name in ("first", "again"))
+    assert np.array_equal(first.values, again.values)
+    assert np.abs(first.values - build(world, tmp_path / "cpu", device="cpu").values).max() < 0.1
+    assert first.noise["wider_dtype"]["max"] < 0.1
 
 
 # Reading a matrix

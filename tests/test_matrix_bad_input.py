@@ -12,7 +12,6 @@ from tiny_models import (
     save_adapter,
     save_base,
     save_tuned,
-    save_world,
     tiny_model,
     tiny_tokenizer,
     units_of,
@@ -20,28 +19,9 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff
-from fastforget.matrix import plan
 from fastforget.matrix.checkpoints import find_checkpoint
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def small_shards_and_own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTFORGET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(plan, "TOKENS_PER_SHARD", (2048, 2**21))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return save_world(tmp_path_factory.mktemp("world"))
+pytestmark = pytest.mark.usefixtures("small_shards")
 
 
 @pytest.fixture

@@ -316,3 +316,12 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, tokenizer, mon
         warnings.simplefilter("error")
         monkeypatch.setenv("FASTFORGET_CACHE", str(tmp_path / "cache"))
         load(path, tokenizer)
+
+
+def test_an_empty_prompt_and_response_has_no_target(tmp_path, tokenizer):
+    path = write(
+        tmp_path / "a.jsonl", [{"prompt": "", "response": "", "id": "nothing"}, {"prompt": "a", "response": " b"}]
+    )
+    with pytest.raises(ValueError, match="nothing"):
+        load(path, tokenizer)
+    assert len(load(path, tokenizer, skip_empty=True).ids) == 1

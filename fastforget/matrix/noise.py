@@ -42,7 +42,9 @@ def measure_noise(
     noise["batch_composition"] = _compare(model, examples, recorded, chosen, device)
     wider = torch.float64 if dtype == torch.float32 else torch.float32
     if dtype == torch.float64 or (wider == torch.float64 and torch.device(device).type != "cpu"):
-        noise["wider_dtype"] = {"unmeasured": f"there is no dtype wider than {dtype} on {torch.device(device).type}"}
+        noise["wider_dtype"] = {
+            "unmeasured": f"{dtype} is the widest that scoring takes on {torch.device(device).type}"
+        }
         return noise
     try:
         with parameters_as(model, wider):

@@ -177,7 +177,7 @@ class _Run:
         environment = {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            "device": torch.cuda.get_device_name(self.device) if cuda else f"cpu, {torch.get_num_threads()} threads",
         }
         about = {
             "base": self.models[0].path,
@@ -191,7 +191,8 @@ class _Run:
         store = self.store
         store.check(manifest)
         left = {unit.file_name for unit in self.units} - store.finished()
-        if not left and store.noise_file.exists():
+        tables = [store.out / "examples.parquet", store.out / "tasks.parquet"]
+        if not left and all(file.exists() for file in (store.noise_file, *tables)):
             return
         self._check_disk(len(left))
         resident = ResidentModel(self.models[0], self.device, self.dtype)

@@ -143,7 +143,7 @@ def _tokenise(rows: list[Row], tokenizer: Any, max_length: int | None, eos: bool
             else:
                 ids, first = context + answer, len(context)
             cut = ids[:max_length]
-            texts.append("".join(part) or row.fields["text"])
+            texts.append("".join(part) or row.fields.get("text", ""))
             tokens.append(np.array(cut, dtype=np.int32))  # a list of ints takes ten times the memory
             first_target.append(max(1, first))
             truncated.append(len(cut) < len(ids))

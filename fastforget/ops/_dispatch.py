@@ -31,11 +31,13 @@ def resolve(impl: str, device: torch.device) -> tuple[str, str]:
         ValueError: `impl` is unknown, or it asks for Triton where Triton cannot run.
     """
     if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f'impl: expected "auto", "triton" or "torch", got {impl!r}')
+        raise ValueError(f'impl: expected "auto", "triton" or "torch", got {impl!r}; leave it out')
     if impl == "torch":
         return "torch", "asked for"
     on_gpu = device.type == "cuda"  # ROCm devices are called "cuda" by torch too
     problem = _TRITON_PROBLEM
+    if on_gpu and not problem and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        problem = "its launch settings are for compute capability 8.0 and newer"
     if impl == "auto":
         if not on_gpu:
             return "torch", f"Triton kernels run on CUDA and ROCm devices, not on {device.type}"

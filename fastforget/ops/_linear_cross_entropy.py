@@ -73,18 +73,13 @@ def linear_cross_entropy(
         Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009; Milakov and Gimelshein,
         "Online normalizer calculation for softmax", arXiv 1805.02867.
     """
-    if torch.is_autocast_enabled(input.device.type):
+    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(input.device.type)
         input, linear_weight = input.to(dtype), linear_weight.to(dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(dtype)
     _check(input, linear_weight, target, linear_bias, softcap, scale)
-    implementation, _ = resolve(impl, input.device)
-    if implementation == "triton" and input.dtype == torch.float64:
-        raise TypeError('input: the Triton kernel takes float32, bfloat16 or float16, got float64; pass impl="torch"')
-    result = _forward(
-        input, linear_weight, target, linear_bias, softcap or 0.0, float(scale), ignore_index, implementation
-    )
-    return LinearCrossEntropy(*result)
+    options = (softcap or 0.0, float(scale), ignore_index, impl)
+    return LinearCrossEntropy(*_forward(input, linear_weight, target, linear_bias, *options))
 
 
 def _check(
@@ -113,6 +108,14 @@ def _check(
         raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
+def _implementation(impl: str, input: Tensor) -> str:
+    """Settled inside the operation, where `torch.compile` does not trace."""
+    implementation, _ = resolve(impl, input.device)
+    if implementation == "triton" and input.dtype == torch.float64:
+        raise TypeError('input: the Triton kernel takes float32, bfloat16 or float16, got float64; pass impl="torch"')
+    return implementation
+
+
 def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
     """Refuse labels out of range; not while a CUDA graph is captured, where such a row becomes NaN."""
     if target.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -138,13 +141,18 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_labels(target, weight.shape[0], ignore_index)
     loss, hit, lse = _empty_results(input)
-    if impl == "triton":
+    if _implementation(impl, input) == "triton":
         from fastforget_kernels.linear_cross_entropy import linear_cross_entropy_forward_ as forward_
     else:
         forward_ = _torch_forward_
-    with torch.autocast(input.device.type, enabled=False):  # the inputs are cast already; sums stay in float32
+    with (
+        torch.cuda.device_of(input),
+        torch.autocast(input.device.type, enabled=False),
+    ):  # the inputs are cast already; sums stay in float32
         forward_(loss, hit, lse, input, weight, target, bias, softcap, scale)
-    loss.masked_fill_(target == ignore_index, 0.0)  # it is NaN, and hit False, where the label is no class
+    ignored = target == ignore_index
+    loss.masked_fill_(ignored, 0.0)
+    hit.masked_fill_(ignored, False)  # ignore_index may be a class
     return loss, hit, lse
 
 
@@ -182,7 +190,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # dL/dz_sv = (grad_loss + grad_lse) p_sv - grad_loss [v = target]; an ignored row has no loss, but it has an lse.
     grad_loss = torch.where(target == ignore_index, 0, grad_loss)
-    if impl == "triton":
+    if _implementation(impl, input) == "triton":
         from fastforget_kernels.add_product import add_product_
         from fastforget_kernels.linear_cross_entropy import linear_cross_entropy_grad_logits as grad_logits
 
@@ -196,7 +204,7 @@ def _backward(
         torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
     )
     grad_bias = weight.new_empty(classes if need_bias else 0)
-    with torch.autocast(input.device.type, enabled=False):
+    with torch.cuda.device_of(input), torch.autocast(input.device.type, enabled=False):
         for v in range(0, classes, block[1]):
             columns = slice(v, v + block[1])
             weight_block = weight[columns]  # [C, H]

@@ -57,13 +57,16 @@ MAX_ROWS = 16384  # rows of one launch; bounds the workspace
 MAX_SPLITS = 64  # with MAX_ROWS: 8 MB of partial results
 
 
-def tile_settings(dtype: torch.dtype, hidden: int, arch: str, *, stores_tile: bool = False) -> TileSettings:
+def tile_settings(
+    dtype: torch.dtype, hidden: int, arch: str, *, contiguous: bool = True, stores_tile: bool = False
+) -> TileSettings:
     """Launch settings of the two kernels that compute a tile of logits.
 
     Args:
         dtype: Of input and weight.
         hidden: H.
         arch: "sm_80", "sm_90", "sm_100" or an AMD name such as "gfx942".
+        contiguous: The rows of both have unit stride.
         stores_tile: For the kernel that writes the tile, not only sums over its rows.
 
     Returns:
@@ -75,8 +78,8 @@ def tile_settings(dtype: torch.dtype, hidden: int, arch: str, *, stores_tile: bo
         )  # on the ordinary cores; 32 deep, or 2 stages, spills 8 bytes somewhere
     if arch.startswith("gfx"):
         return TileSettings(128, 128, 32, 32, 8, 2)  # 64 KB of LDS
-    if hidden % 64:
-        return TileSettings(128, 128, 32, 32, 8, 3)  # loads need masks: wider tiles spill
+    if hidden % 64 or not contiguous:
+        return TileSettings(128, 128, 32, 32, 8, 3)  # loads need masks or many addresses: wider tiles spill
     if arch == "sm_80":
         return TileSettings(128, 128, 64, 32, 8, 3)  # 128 x 256 spills under mma.sync
     if arch == "sm_100" or stores_tile:
@@ -143,7 +146,8 @@ def _logits_tile(
     return z
 
 
-@triton.jit
+# A constant in place of 1 split or 1 tile a split saves nothing, compiles once more, and spills on sm_90.
+@triton.jit(do_not_specialize=["splits", "tiles_per_split"])
 def _forward_kernel(
     input_ptr, weight_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, target_logit_ptr, max_before_ptr,
     S, H, V, splits, tiles_per_split,
@@ -297,7 +301,7 @@ def linear_cross_entropy_forward_(
     if rows == 0:
         return
     arch, multiprocessors = device_properties(input.device)
-    settings = tile_settings(input.dtype, hidden, arch)
+    settings = tile_settings(input.dtype, hidden, arch, contiguous=_unit_stride(input, weight))
     block = min(rows, MAX_ROWS)
     tiles = cdiv(vocabulary, settings.block_v)
     splits = vocabulary_splits(cdiv(block, settings.block_s), tiles, multiprocessors, settings.group_s)
@@ -352,12 +356,17 @@ def linear_cross_entropy_grad_logits(
     """
     (rows, hidden), columns = input.shape, weight.shape[0]
     grad = input.new_empty(rows, columns)
-    settings = tile_settings(input.dtype, hidden, device_properties(input.device)[0], stores_tile=True)
+    arch = device_properties(input.device)[0]
+    settings = tile_settings(input.dtype, hidden, arch, contiguous=_unit_stride(input, weight), stores_tile=True)
     _grad_logits_kernel[(cdiv(rows, settings.block_s) * cdiv(columns, settings.block_v),)](
         grad, input, weight, bias, label, lse, grad_loss.contiguous(), grad_sum.contiguous(), rows, hidden, columns,
         columns, *input.stride(), *weight.stride(), scale, softcap, **_tile_options(settings, input, bias, softcap),
     )  # fmt: skip
     return grad
+
+
+def _unit_stride(input: Tensor, weight: Tensor) -> bool:
+    return input.stride(1) == weight.stride(1) == 1
 
 
 def _tile_options(settings: TileSettings, input: Tensor, bias: Tensor | None, softcap: float) -> dict[str, object]:

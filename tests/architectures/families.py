@@ -75,6 +75,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4} | _TOKENS,
     ),
     "BERT, as a decoder": ("bert", _COMMON | {"is_decoder": True}),
+    "RoBERTa, as a decoder": ("roberta", _COMMON | {"is_decoder": True}),
+    "XLM-RoBERTa, as a decoder": ("xlm-roberta", _COMMON | {"is_decoder": True}),
 }
 
 

@@ -26,7 +26,8 @@ def examples() -> list[torch.Tensor]:
 
 def padded(examples: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
     width = max(map(len, examples))
-    ids, mask = torch.full((len(examples), width), 5), torch.zeros(len(examples), width, dtype=torch.int64)
+    ids = examples[0].new_full((len(examples), width), 5)
+    mask = torch.zeros_like(ids)
     for row, example in enumerate(examples):
         place = slice(0, len(example)) if side == "right" else slice(width - len(example), width)
         ids[row, place], mask[row, place] = example, 1
@@ -34,7 +35,7 @@ def padded(examples: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
 
 
 def packed(examples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    positions = torch.cat([torch.arange(len(example)) for example in examples])
+    positions = torch.cat([torch.arange(len(example), device=example.device) for example in examples])
     return {"input_ids": torch.cat(examples)[None], "position_ids": positions[None]}
 
 
@@ -48,10 +49,12 @@ def alone(model: torch.nn.Module, examples: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(values)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layouts_equal_the_example_alone(family: str, dtype: torch.dtype, examples: list[torch.Tensor]):
-    model = build(family, dtype)
+def test_layouts_equal_the_example_alone(family: str, dtype: torch.dtype, device: str, examples: list[torch.Tensor]):
+    model = build(family, dtype).to(device)
+    examples = [example.to(device) for example in examples]
     oracle = alone(copy.deepcopy(model).double(), examples)
     eager = alone(model, examples)
     allowed = (eager - oracle).abs().max() + (1e-5 if dtype == torch.float32 else 2e-2)
