@@ -90,6 +90,12 @@ def find_head(model: nn.Module) -> nn.Module:
     config = getattr(inner, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"model: expected a causal language model, got the encoder-decoder {name}")
+    name_inside = type(inner.get_base_model() if hasattr(inner, "get_base_model") else inner).__name__
+    if name_inside.endswith("ForMaskedLM"):
+        raise ValueError(
+            f"model: expected a causal language model, got {name_inside}, which sees later tokens; "
+            "load it with AutoModelForCausalLM and is_decoder=True"
+        )
     for peft_config in getattr(inner, "peft_config", {}).values():
         if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError(f"model: {peft_config.peft_type} adds virtual tokens, which is not supported; use LoRA")
@@ -235,6 +241,14 @@ def _measure_transform(
                 f"model: {name} reads particular logits after its head ({error}); only a scale and a softcap are supported"
             ) from error
     transform = _fit_transform(name, _Probe.values, response)
+    # A weak leak may hide in the loss: the hidden states before the last token must not see whether it is attended.
+    with_later, with_padding = probe.hidden[:, :-1].double()
+    leak = float((with_later - with_padding).norm() / with_padding.norm())
+    if leak > 1e-4 + 8 * torch.finfo(probe.hidden.dtype).eps:
+        raise ValueError(
+            f"model: {name} is not causal: a later token changes its hidden states by {leak:.2g} of their size; "
+            "expected a causal language model"
+        )
     target = ids[0].roll(-1)
     expected = torch.logsumexp(logits, 1) - logits.gather(1, target.to(logits.device)[:, None])[:, 0]
     finite = expected.isfinite()  # a diverged model is measured, as NaN, and checked when it is finite again

@@ -146,7 +146,14 @@ def _token_losses(
         transform = verified_transform(model, head, rows.input_ids, lambda *batch: _forward(model, *batch), impl)
         capture = _HeadLoss(head, rows.target, transform, impl)
         with swapped_forward(head, capture):
-            _forward(model, rows.input_ids, rows.position_ids, rows.attention_mask)
+            try:
+                _forward(model, rows.input_ids, rows.position_ids, rows.attention_mask)
+            except IndexError as error:  # a table of learned positions that is too short
+                limit = getattr(unwrapped(model).config, "max_position_embeddings", "unknown")
+                raise ValueError(
+                    f"input_ids: expected at most the model's {limit} tokens an example, got {rows.input_ids.shape[1]} "
+                    f"({error}); shorten them"
+                ) from error
     if capture.loss is None or capture.hit is None:
         raise ValueError(
             f"model: {type(model).__name__}'s forward never called its output embedding {type(head).__name__}"

@@ -242,6 +242,12 @@ def test_a_diverged_adapter_is_kept_as_nan(world, tmp_path):
     assert matrix.summary()["nan"]["count"] == 40
 
 
+def test_its_repr_is_one_line(world, tmp_path):
+    text = repr(build(world, tmp_path / "out", ["lora"]))
+    assert text.startswith("ForgettingMatrix(1 tasks x 40 examples, mean ")
+    assert len(text) < 100
+
+
 def test_a_lost_table_is_written_again_by_the_same_command(world, tmp_path):
     first = build(world, tmp_path / "out", ["lora"])
     (tmp_path / "out" / "examples.parquet").unlink()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NAMES_SHOWN = 100  # NaN entries that a summary lists
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ForgettingMatrix:
     """M tasks x N upstream examples; `ForgettingMatrix.load(out)` reads it.
 
@@ -54,6 +54,12 @@ class ForgettingMatrix:
     complete: bool
     unfinished: np.ndarray
     about: dict[str, Any] = field(repr=False)
+
+    def __repr__(self) -> str:
+        """One line: its size and mean, not a million ids."""
+        mean = np.nanmean(self.values) if np.isfinite(self.values).any() else np.nan
+        state = "complete" if self.complete else "unfinished"
+        return f"ForgettingMatrix({len(self.tasks)} tasks x {len(self.examples):,} examples, mean {mean:+.4f}, {state})"
 
     @classmethod
     def load(cls, out: str | os.PathLike[str]) -> "ForgettingMatrix":

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from rich.console import Console
 from torch import nn
 
 from fastforget.matrix import plan
@@ -259,6 +260,10 @@ class _Run:
         finished = store.finished()
         tokens = np.array([self.lengths[shard].sum() for shard in self.shards])
         done = sum(int(tokens[unit.shard]) for unit in self.units if unit.file_name in finished)
+        if progress and finished:
+            Console(stderr=True).print(
+                f"{store.out}: continuing, {len(finished)} of {len(self.units)} units are finished"
+            )
         with ProgressBar(int(tokens.sum()) * len(self.models), done, shown=progress) as bar:
             for task, units in itertools.groupby(self.units, key=lambda unit: unit.task):
                 left = [unit for unit in units if unit.file_name not in finished]
