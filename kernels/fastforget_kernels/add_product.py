@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastforget_kernels.arithmetic import dot
+from fastforget_kernels.arithmetic import dot, grouped_tile
 from fastforget_kernels.device import cdiv, device_properties
 
 __all__ = ["ProductSettings", "add_product_", "product_settings"]
@@ -61,14 +61,9 @@ def _add_product_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    m_blocks = tl.cdiv(M, BLOCK_M)
-    n_blocks = tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP_M * n_blocks)
-    group_size = tl.minimum(m_blocks - group * GROUP_M, GROUP_M)
-    within = pid % (GROUP_M * n_blocks)
-    m0 = (group * GROUP_M + within % group_size) * BLOCK_M
-    n0 = within // group_size * BLOCK_N
+    row_block, column_block = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    m0 = row_block * BLOCK_M
+    n0 = column_block * BLOCK_N
     offs_m = m0 + tl.arange(0, BLOCK_M)
     offs_n = n0 + tl.arange(0, BLOCK_N)
     rows = tl.minimum(offs_m, M - 1).to(tl.int64)

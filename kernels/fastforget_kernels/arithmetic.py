@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-__all__ = ["INTERPRETING", "LOG2_E", "cast", "dot", "tanh"]
+__all__ = ["INTERPRETING", "LOG2_E", "cast", "dot", "grouped_tile", "tanh"]
 
 INTERPRETING = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -29,6 +29,15 @@ def cast(x, DTYPE: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.jit
+def grouped_tile(pid, rows, columns, GROUP: tl.constexpr):
+    """Row and column of tile `pid`: GROUP rows on one column, then the next column, so that neighbours share it in L2."""
+    group = pid // (GROUP * columns)
+    group_size = tl.minimum(rows - group * GROUP, GROUP)
+    within = pid % (GROUP * columns)
+    return group * GROUP + within % group_size, within // group_size
 
 
 @triton.jit

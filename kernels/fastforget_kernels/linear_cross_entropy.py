@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastforget_kernels.arithmetic import LOG2_E, cast, dot, tanh
+from fastforget_kernels.arithmetic import LOG2_E, cast, dot, grouped_tile, tanh
 from fastforget_kernels.device import cdiv, device_properties
 
 __all__ = [
@@ -155,15 +155,8 @@ def _forward_kernel(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_H: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP_S: tl.constexpr,
 ):  # fmt: skip
-    # Program order: all rows of a group on one split, then the next split, so that neighbours read the same weights.
-    pid = tl.program_id(0)
-    row_blocks = tl.cdiv(S, BLOCK_S)
-    group = pid // (GROUP_S * splits)
-    group_size = tl.minimum(row_blocks - group * GROUP_S, GROUP_S)
-    within = pid % (GROUP_S * splits)
-    s0 = (group * GROUP_S + within % group_size) * BLOCK_S
-    split = within // group_size
-
+    row_block, split = grouped_tile(tl.program_id(0), tl.cdiv(S, BLOCK_S), splits, GROUP_S)
+    s0 = row_block * BLOCK_S
     offs_s = s0 + tl.arange(0, BLOCK_S)
     mask_s = offs_s < S
     target = tl.load(target_ptr + offs_s, mask=mask_s, other=-1)
@@ -242,14 +235,9 @@ def _grad_logits_kernel(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_H: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP_S: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    row_blocks = tl.cdiv(S, BLOCK_S)
-    tiles = tl.cdiv(V, BLOCK_V)
-    group = pid // (GROUP_S * tiles)
-    group_size = tl.minimum(row_blocks - group * GROUP_S, GROUP_S)
-    within = pid % (GROUP_S * tiles)
-    s0 = (group * GROUP_S + within % group_size) * BLOCK_S
-    v0 = within // group_size * BLOCK_V
+    row_block, tile = grouped_tile(tl.program_id(0), tl.cdiv(S, BLOCK_S), tl.cdiv(V, BLOCK_V), GROUP_S)
+    s0 = row_block * BLOCK_S
+    v0 = tile * BLOCK_V
     z = _logits_tile(
         input_ptr, weight_ptr, bias_ptr, s0, v0, S, H, V,
         stride_input_s, stride_input_h, stride_weight_v, stride_weight_h, scale, softcap,
