@@ -6,8 +6,9 @@ Flops 2 M N K; bytes (M + N) K factors + 8 M N. Any strides of the factors, so t
 backward are this kernel.
 """
 
-# pyright: reportCallIssue=false
-# (a launch passes num_warps and num_stages, which are no parameters of the kernel's Python function)
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# (a launch passes num_warps and num_stages, which are no parameters of the kernel's Python function; and a helper of a
+# kernel is called by the compiler: in Python the call raises, so that pyright sees no result)
 
 from __future__ import annotations
 
