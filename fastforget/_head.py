@@ -14,6 +14,9 @@ from fastforget.ops import linear_cross_entropy
 
 __all__ = [
     "LogitTransform",
+    "active_adapters",
+    "base_linear",
+    "current_forward",
     "eval_mode",
     "find_head",
     "head_weight",
@@ -42,11 +45,27 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _forward_attribute(module: nn.Module) -> str:
+    # accelerate's device hooks sit in `forward` and call `_old_forward`: keep them, they bring the weight to its device.
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
+def current_forward(module: nn.Module) -> Callable[..., Any]:
+    """What `swapped_forward` replaces.
+
+    Args:
+        module: Any.
+
+    Returns:
+        Its forward, without accelerate's hooks.
+    """
+    return getattr(module, _forward_attribute(module))
+
+
 @contextlib.contextmanager
 def swapped_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Another forward for `module` inside; hooks, PEFT and FSDP2 around it keep working."""
-    # accelerate's device hooks sit in `forward` and call `_old_forward`: keep them, they bring the weight to its device.
-    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    name = _forward_attribute(module)
     saved = vars(module).get(name)
     setattr(module, name, forward)
     try:
@@ -144,6 +163,36 @@ def head_weight(head: Any) -> tuple[Tensor, Tensor | None]:
     return head.weight, head.bias
 
 
+def base_linear(head: Any) -> Any:
+    """The linear map inside a head's wrappers, which its own weight and bias belong to.
+
+    Args:
+        head: What `find_head` returned.
+
+    Returns:
+        The module; PEFT's trained copy where that is active.
+    """
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        adapters = head.active_adapters
+        use_copy = not head.disable_adapters and adapters and adapters[0] in head.modules_to_save
+        return base_linear(head.modules_to_save[adapters[0]] if use_copy else head.original_module)
+    return base_linear(head.base_layer) if hasattr(head, "base_layer") else head
+
+
+def active_adapters(head: Any) -> list[tuple[Any, Any, float]]:
+    """The LoRAs that a head applies: `x W^T + scaling (x A^T) B^T`.
+
+    Args:
+        head: What `find_head` returned.
+
+    Returns:
+        The modules of A and B and the scaling of each.
+    """
+    if not hasattr(head, "lora_A") or head.disable_adapters or head.merged:
+        return []
+    return [(head.lora_A[name], head.lora_B[name], head.scaling[name]) for name in _active_on(head)]
+
+
 def _active_on(head: Any) -> list[str]:
     return [adapter for adapter in head.active_adapters if adapter in getattr(head, "lora_A", {})]
 
@@ -210,7 +259,8 @@ class _Probe:
     def __call__(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         self.hidden = hidden
         self.weight, self.bias = head_weight(self.head)
-        probe = torch.tensor(self.values, device=hidden.device, dtype=torch.float32)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        probe = torch.tensor(self.values, device=hidden.device, dtype=dtype)
         return probe.repeat(*hidden.shape[:-1], 1)
 
 
@@ -293,7 +343,6 @@ def _fit_transform(model: str, values: tuple[float, ...], response: list[float])
 
 def _rounded(value: float) -> float:
     """The short decimal, or one over it, that `value` is within float32 rounding: 0.0625, 30.0, 1/13; else `value`."""
-    for candidate in (float(f"{value:.6g}"), 1 / float(f"{1 / value:.6g}") if value else value):
-        if abs(candidate - value) <= 4e-7 * abs(value):
-            return candidate
-    return value
+    candidates = [float(f"{value:.6g}"), 1 / float(f"{1 / value:.6g}") if value else value]
+    nearest = min(candidates, key=lambda candidate: abs(candidate - value))
+    return nearest if abs(nearest - value) <= 2e-7 * abs(value) else value

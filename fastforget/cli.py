@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from fastforget import __version__
 
 if TYPE_CHECKING:
+    from fastforget.fisher.names import Fisher
     from fastforget.matrix.result import ForgettingMatrix
+
+Result = TypeVar("Result")
 
 app = typer.Typer(
     help="Measure what a language model forgets when it is fine-tuned.",
@@ -117,13 +121,93 @@ def matrix(
         check_adapter_base=check_adapter_base,
         progress=progress,
     )
-    try:
-        result = run()
-    except KeyboardInterrupt:
-        typer.echo("stopped; finished work is kept, and the same command continues", err=True)
-        raise typer.Exit(130) from None
+    result = _stoppable(run)
     _print_summary(result)
     _draw(result, out / "heatmap.png")
+
+
+@app.command()
+def fisher(
+    out: Annotated[Path, typer.Option(help="The .safetensors file; the same command continues a stopped run.")],
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of the model.")] = None,
+    data: Annotated[str | None, typer.Option(help="Examples: .jsonl, .parquet, .txt, or a datasets id.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="PEFT adapter; its parameters are the measured ones.")] = None,
+    per: Annotated[str, typer.Option(help="example, position or batch_mean: what is squared.")] = "example",
+    labels: Annotated[str, typer.Option(help="data, or sampled from the model's own distribution.")] = "data",
+    loss: Annotated[str, typer.Option(help="mean or sum over an example's targets.")] = "mean",
+    samples: Annotated[int, typer.Option(help="Draws an example, with --labels sampled.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Measure parameters whose names match, such as '*.mlp.*'."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use so many of the first examples.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens an example may have; default: the model's.")] = None,
+    tokens_per_batch: Annotated[int | None, typer.Option(help="Token budget of a batch; default: by device.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the model's.")] = None,
+    device: Annotated[str | None, typer.Option(help="torch device; default: the GPU if there is one.")] = None,
+    offload: Annotated[bool, typer.Option("--offload", help="Keep the sums in the CPU's memory.")] = False,
+    eos: Annotated[bool, typer.Option("--eos", help="Count the end-of-sequence token after a response.")] = False,
+    skip_empty: Annotated[bool, typer.Option("--skip-empty", help="Leave out rows that have no target token.")] = False,
+    split: Annotated[str, typer.Option(help="Split of a datasets id.")] = "train",
+    config: Annotated[str | None, typer.Option(help="Configuration of a datasets id.")] = None,
+    check_adapter_base: Annotated[bool, typer.Option(help="Refuse an adapter that names another base.")] = True,
+    save_every: Annotated[float, typer.Option(help="Seconds between two writes of the state; 0: every batch.")] = 60.0,
+    progress: Annotated[bool, typer.Option(help="Show the progress bar.")] = True,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Print where the Fisher lies, and draw it; alone, of an existing file.")
+    ] = False,
+) -> None:
+    """Compute the exact diagonal Fisher of a model on a data set, or continue.
+
+    F is the mean over the examples of the squared gradient of each example's own loss. Without --model and --data,
+    --summary describes an existing file.
+    """
+    from fastforget.fisher.files import load_fisher
+
+    if model is None and data is None and summary:
+        _summarise(load_fisher(out), out)
+        return
+    if model is None or data is None:
+        missing = "model" if model is None else "data"
+        raise ValueError(f"{missing}: expected --{missing}, got none; or pass --summary alone for an existing file")
+    from fastforget.fisher.runner import run_fisher
+
+    run = partial(
+        run_fisher,
+        model,
+        data,
+        out,
+        adapter=adapter,
+        per=per,
+        labels=labels,
+        loss=loss,
+        samples=samples,
+        seed=seed,
+        parameters=parameters,
+        limit=limit,
+        max_length=max_length,
+        tokens_per_batch=tokens_per_batch,
+        dtype=dtype,
+        device=device,
+        offload=offload,
+        eos=eos,
+        skip_empty=skip_empty,
+        split=split,
+        config=config,
+        check_adapter_base=check_adapter_base,
+        save_every=save_every,
+        progress=progress,
+    )
+    result = _stoppable(run)
+    typer.echo(f"{out}: {result}")
+    if summary:
+        _summarise(result, out)
+    else:
+        from fastforget.fisher.summary import remarks
+
+        for line in remarks(result.metadata):
+            typer.echo(line)
 
 
 @app.command()
@@ -165,6 +249,14 @@ def doctor() -> None:
     from fastforget.doctor import report
 
     typer.echo(report())
+
+
+def _stoppable(run: Callable[[], Result]) -> Result:
+    try:
+        return run()
+    except KeyboardInterrupt:
+        typer.echo("stopped; finished work is kept, and the same command continues", err=True)
+        raise typer.Exit(130) from None
 
 
 def benchmarks_folder() -> Path:
@@ -225,6 +317,19 @@ def _remarks(summary: dict[str, Any]) -> list[str]:
     if summary["skipped"]:
         remarks.append(f"{summary['skipped']} rows without a target token were left out")
     return remarks
+
+
+def _summarise(fisher: Fisher, out: Path) -> None:
+    """Print a Fisher by layer and by kind of parameter, and draw it beside its file."""
+    from rich.console import Console
+
+    from fastforget.fisher.summary import summarise
+
+    summary = summarise(fisher)
+    Console().print(*summary.tables(), sep="\n")
+    for line in summary.remarks():
+        typer.echo(line)
+    typer.echo(f"wrote {summary.plot(out.with_suffix('.png'))}")
 
 
 def _draw(matrix: ForgettingMatrix, to: Path) -> None:

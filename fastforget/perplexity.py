@@ -40,7 +40,8 @@ class PackedRows(NamedTuple):
 
     input_ids: Tensor  # [B, T]
     position_ids: Tensor | None  # [B, T]; None where they count from 0, which is every model's default
-    attention_mask: Tensor | None  # [B, T] int64; None where nothing is padded
+    attention_mask: Tensor | None  # [B, T] int64, what the model gets; None for causal attention to everything before
+    attended: Tensor | None  # [B, T] bool; None where nothing is padded
     target: Tensor  # [B, T]: label of the next token, IGNORE where there is none
     source: Tensor | None  # flat index into the caller's [B, T] of every token here, row by row; None if unchanged
 
@@ -89,7 +90,7 @@ def log_perplexity(
         at_label = nn.functional.pad(loss, (1, 0))[:, :-1]  # from the predicting token to the predicted one
         if rows.source is None:
             return at_label
-        kept = torch.ones_like(at_label, dtype=torch.bool) if rows.attention_mask is None else rows.attention_mask != 0
+        kept = torch.ones_like(at_label, dtype=torch.bool) if rows.attended is None else rows.attended
         result = at_label.new_zeros(input_ids.numel())
         return result.index_put((rows.source,), at_label[kept]).view(input_ids.shape)
     total = loss.to(_sum_dtype(loss)).sum(1)
@@ -140,14 +141,14 @@ def _token_losses(
 ) -> tuple[PackedRows, Tensor, Tensor]:
     """The batch as rows, and per predicting token `[B, T]` the loss and the hit."""
     head = find_head(model)
-    _check_batch(model, input_ids, attention_mask, labels, position_ids)
-    rows = _pack_rows(input_ids, attention_mask, labels, position_ids)
+    check_batch(model, input_ids, attention_mask, labels, position_ids)
+    rows = pack_rows(input_ids, attention_mask, labels, position_ids)
     with eval_mode(model):
-        transform = verified_transform(model, head, rows.input_ids, lambda *batch: _forward(model, *batch), impl)
+        transform = verified_transform(model, head, rows.input_ids, lambda *batch: model_forward(model, *batch), impl)
         capture = _HeadLoss(head, rows.target, transform, impl)
         with swapped_forward(head, capture):
             try:
-                _forward(model, rows.input_ids, rows.position_ids, rows.attention_mask)
+                model_forward(model, rows.input_ids, rows.position_ids, rows.attention_mask)
             except IndexError as error:  # a table of learned positions that is too short
                 limit = getattr(unwrapped(model).config, "max_position_embeddings", "unknown")
                 raise ValueError(
@@ -194,7 +195,7 @@ class _HeadLoss:
         return hidden.new_zeros(*hidden.shape[:-1], 1)
 
 
-def _forward(
+def model_forward(
     model: Any, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
 ) -> Any:
     """One call of the model, with the arguments that it takes."""
@@ -212,7 +213,7 @@ def _forward(
     return model(input_ids=input_ids, **arguments)
 
 
-def _check_batch(
+def check_batch(
     model: Any,
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -251,13 +252,13 @@ def _check_values(name: str, tensor: Tensor, wrong: Tensor, allowed: str) -> Non
         raise ValueError(f"{name}: expected values in {allowed}, got {place}; do model and tokenizer belong together?")
 
 
-def _pack_rows(
+def pack_rows(
     input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, position_ids: Tensor | None
 ) -> PackedRows:
     """Move every example to the start of a row of its own, so that each sees what it would see alone."""
     labels = input_ids if labels is None else labels
     if attention_mask is None and position_ids is None:
-        return PackedRows(input_ids, None, None, _shift(labels), None)
+        return PackedRows(input_ids, None, None, None, _shift(labels), None)
     attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     counted = attended.cumsum(1)
     starts = attended & (counted == 1)
@@ -279,8 +280,13 @@ def _pack_rows(
     positions = None if position_ids is None else rows(position_ids, 0)
     if positions is not None and torch.equal(positions[mask], own[mask]):
         positions = None
-    padded = None if bool(mask.all()) else mask.long()  # some models subtract it from 1
-    return PackedRows(rows(input_ids, 0), positions, padded, _shift(rows(labels, IGNORE)), source)
+    # No token sees the padding behind it, so that the model needs no mask, and may take its faster causal kernels. With
+    # positions of the caller's it does: transformers takes a jump in them for the start of another sequence otherwise.
+    given = None if positions is None else mask.long()  # some models subtract it from 1
+    # Padding repeats the last token: a padding token would make transformers warn that there is no mask.
+    ids = rows(input_ids, 0).gather(1, own.minimum((lengths[:, None] - 1).clamp(min=0)))
+    attended = None if bool(mask.all()) else mask
+    return PackedRows(ids, positions, given, attended, _shift(rows(labels, IGNORE)), source)
 
 
 def _shift(labels: Tensor) -> Tensor:

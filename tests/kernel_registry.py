@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import triton
+from fisher_registry import FISHER_OPERATIONS
+from kernel_operation import POINTER, Compilation, Operation
 from torch import Tensor
 
 from fastforget import ops, reference
@@ -29,32 +30,6 @@ def interpreter_problem() -> str:
 
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")  # consumer cards of any generation run sm_80's settings
-POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-
-
-@dataclass(frozen=True)
-class Compilation:
-    """One kernel with the types, constants and launch options of one shipped configuration."""
-
-    label: str
-    kernel: Any
-    types: dict[str, str]  # by argument; a missing one is a constant
-    constants: dict[str, Any]
-    options: dict[str, int]
-    tensor_cores: bool
-    divisible_by_16: tuple[str, ...] = ()  # besides every pointer
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One fused operation: its inputs, both implementations, its oracle and its compilations."""
-
-    name: str
-    cases: dict[str, Callable[[torch.dtype], dict[str, Any]]]  # inputs by case
-    run: Callable[[dict[str, Any], str], dict[str, Tensor]]  # inputs, impl -> outputs and gradients
-    oracle: Callable[[dict[str, Any]], dict[str, Tensor]]  # in the dtype of the inputs
-    compilations: Callable[[str], Iterator[Compilation]]
-    dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32, torch.bfloat16, torch.float16))
 
 
 def upcast(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +54,7 @@ def _head(rows: int, hidden: int, classes: int, **options: Any) -> Callable[[tor
             "softcap": options.get("softcap"),
             "scale": options.get("scale", 1.0),
             "ignore_index": options.get("ignore_index", -100),
+            "sample_seed": options.get("sample_seed"),
         }
         return options["change"](inputs) if "change" in options else inputs
 
@@ -107,6 +83,12 @@ def _banned_classes(inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs | {"linear_bias": bias, "target": inputs["target"].clamp(min=len(bias) // 2)}
 
 
+def _shuffled_ids(inputs: dict[str, Any]) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    rows = len(inputs["target"])
+    return inputs | {"row_ids": torch.randperm(rows, generator=generator) * 2**40 - 2**50}
+
+
 def _strided(inputs: dict[str, Any]) -> dict[str, Any]:
     weight = torch.stack([inputs["linear_weight"]] * 2, dim=1)[:, 1]  # every second row of a larger tensor
     return inputs | {"input": inputs["input"].T.contiguous().T, "linear_weight": weight}
@@ -118,13 +100,13 @@ def _differentiable(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, T
     return inputs | leaves, leaves
 
 
-def _with_gradients(result: tuple[Tensor, Tensor, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    loss, hit, lse = result
+def _with_gradients(result: tuple[Tensor, ...], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    loss, hit, lse, targets = result
     rows = torch.arange(len(loss), device=loss.device)
     objective = (loss * torch.cos(rows.double())).sum() + (lse * torch.sin(rows.double())).sum()
     gradients = torch.autograd.grad(objective, list(leaves.values()))
     named = {f"grad_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-    return {"loss": loss.detach(), "hit": hit, "lse": lse.detach(), **named}
+    return {"loss": loss.detach(), "hit": hit, "lse": lse.detach(), "targets": targets, **named}
 
 
 def _run_linear_cross_entropy(inputs: dict[str, Any], impl: str) -> dict[str, Tensor]:
@@ -133,12 +115,13 @@ def _run_linear_cross_entropy(inputs: dict[str, Any], impl: str) -> dict[str, Te
 
 
 def _oracle_linear_cross_entropy(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    inputs, leaves = _differentiable(inputs)
+    labels = reference.linear_cross_entropy(**upcast(inputs))[3]  # the eager expression would draw others in 16 bits
+    inputs, leaves = _differentiable(inputs | {"target": labels, "sample_seed": None, "row_ids": None})
     return _with_gradients(reference.linear_cross_entropy(**inputs), leaves)
 
 
 def _compile_linear_cross_entropy(arch: str) -> Iterator[Compilation]:
-    from fastforget_kernels import add_product
+    from fastforget_kernels import add_product, logits_tile
     from fastforget_kernels import linear_cross_entropy as kernels
 
     # bfloat16 and float16 differ in one instruction: float16 is compiled once. H = 100 has no aligned row, 80 no full block.
@@ -155,8 +138,9 @@ def _compile_linear_cross_entropy(arch: str) -> Iterator[Compilation]:
         (fp32, True, True, 100, True),
         (fp32, False, False, 4096, False),
     ]
-    for (dtype, bias, softcap, hidden, unit), backward in itertools.product(variants, (False, True)):
-        settings = kernels.tile_settings(dtype, hidden, arch, contiguous=unit, stores_tile=backward)
+    for (dtype, bias, softcap, hidden, unit), mode in itertools.product(variants, ("forward", "sample", "grad_logits")):
+        backward, sample = mode == "grad_logits", mode == "sample"
+        settings = logits_tile.tile_settings(dtype, hidden, arch, contiguous=unit, stores_tile=backward, samples=sample)
         pointer = POINTER[dtype]
         types = {"input_ptr": pointer, "weight_ptr": pointer, "scale": "fp32", "softcap": "fp32"}
         types |= dict.fromkeys(("S", "H", "V", "stride_input_s", "stride_weight_v"), "i32")
@@ -169,6 +153,12 @@ def _compile_linear_cross_entropy(arch: str) -> Iterator[Compilation]:
             types |= {"target_ptr": "*i64", "splits": "i32", "tiles_per_split": "i32"}
             types |= dict.fromkeys(("max_ptr", "sum_ptr", "target_logit_ptr", "max_before_ptr"), "*fp32")
         constants = {} if bias else {"bias_ptr": None}
+        if sample:
+            types |= {"key_ptr": "*i64", "best_ptr": "*fp32", "label_ptr": "*i32"}
+        elif not backward:
+            constants |= dict.fromkeys(("key_ptr", "best_ptr", "label_ptr"))
+        if not backward:
+            constants["SAMPLE"] = sample
         constants |= {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
         if unit:
             constants |= {"stride_input_h": 1, "stride_weight_h": 1}
@@ -177,8 +167,7 @@ def _compile_linear_cross_entropy(arch: str) -> Iterator[Compilation]:
         constants |= {"EVEN_H": hidden % settings.block_h == 0, "PRECISION": "ieee", "BLOCK_S": settings.block_s}
         constants |= {"BLOCK_V": settings.block_v, "BLOCK_H": settings.block_h, "GROUP_S": settings.group_s}
         yield Compilation(
-            f"{'grad_logits' if backward else 'forward'}-{str(dtype)[6:]}{'-bias' * bias}{'-softcap' * softcap}-H{hidden}"
-            f"{'-strided' * (not unit)}",
+            f"{mode}-{str(dtype)[6:]}{'-bias' * bias}{'-softcap' * softcap}-H{hidden}{'-strided' * (not unit)}",
             kernels._grad_logits_kernel if backward else kernels._forward_kernel,
             types,
             constants,
@@ -204,15 +193,17 @@ def _compile_linear_cross_entropy(arch: str) -> Iterator[Compilation]:
             tuple(sizes),
         )
     pointers = ("loss_ptr", "lse_ptr", "max_ptr", "sum_ptr", "target_logit_ptr", "max_before_ptr")
-    yield Compilation(
-        "merge",
-        kernels._merge_kernel,
-        dict.fromkeys(pointers, "*fp32")
-        | {"hit_ptr": "*i1", "target_ptr": "*i64", "S": "i32", "splits": "i32", "split_width": "i32"},
-        {"BLOCK_S": 128},
-        {"num_warps": 4},
-        False,
-    )
+    for sample in (False, True):
+        types = dict.fromkeys(pointers, "*fp32") | {"hit_ptr": "*i1", "target_ptr": "*i64"}
+        types |= dict.fromkeys(("S", "splits", "split_width"), "i32")
+        constants = {"SAMPLE": sample, "BLOCK_S": 128}
+        if sample:
+            types |= {"best_ptr": "*fp32", "label_ptr": "*i32"}
+        else:
+            constants |= {"best_ptr": None, "label_ptr": None}
+        yield Compilation(
+            f"merge{'-sample' * sample}", kernels._merge_kernel, types, constants, {"num_warps": 4}, False
+        )
 
 
 OPERATIONS = (
@@ -231,9 +222,20 @@ OPERATIONS = (
             "banned classes": _head(12, 20, 1500, bias=True, change=_banned_classes),
             "ignored class": _head(60, 3, 4, ignore_index=2),
             "strided": _head(40, 30, 200, change=_strided),
+            "sampled": _head(130, 100, 777, sample_seed=11),
+            "sampled, everything": _head(
+                41, 48, 2501, bias=True, softcap=20.0, scale=0.5, sample_seed=2**62, change=_shuffled_ids
+            ),
+            "sampled, one row": _head(1, 16, 3, sample_seed=-1),
+            "sampled, no row": _head(0, 24, 50, bias=True, sample_seed=0),
+            "sampled, one class": _head(5, 7, 1, sample_seed=4),
+            "sampled, all ignored": _head(9, 33, 65, sample_seed=5, change=_all_ignored),
+            "sampled, large logits": _head(60, 64, 300, size=10.0, sample_seed=6),
+            "sampled, banned classes": _head(60, 20, 1500, bias=True, sample_seed=7, change=_banned_classes),
         },
         _run_linear_cross_entropy,
         _oracle_linear_cross_entropy,
         _compile_linear_cross_entropy,
     ),
+    *FISHER_OPERATIONS,
 )

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastforget import ops, reference
 from fastforget.ops import _linear_cross_entropy as implementation
+from fastforget.ops import _linear_cross_entropy_torch as torch_path
 
 INTERPRETER = pytest.param(
     "triton", marks=pytest.mark.skipif(bool(interpreter_problem()), reason=interpreter_problem())
@@ -107,9 +108,12 @@ def test_auto_follows_the_device_to_triton(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("impl", ["torch", INTERPRETER])
 def test_opcheck(impl: str):
     x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
-    opcheck(implementation._forward, (x, w, T, None, 0.0, 1.0, -100, impl))
-    opcheck(implementation._forward, (x, w, T, W[:, 0].clone().requires_grad_(), 3.0, 0.5, -100, impl))
-    grads = (torch.ones(6), torch.zeros(6), X, W, T, None, torch.ones(6), 0.0, 1.0, -100, impl)
+    bias = W[:, 0].clone().requires_grad_()
+    opcheck(implementation._forward, (x, w, T, None, 0.0, 1.0, -100, None, None, impl))
+    opcheck(implementation._forward, (x, w, T, bias, 3.0, 0.5, -100, None, None, impl))
+    opcheck(implementation._forward, (x, w, T, bias, 3.0, 0.5, -100, 7, None, impl))
+    opcheck(implementation._forward, (x, w, T, None, 0.0, 1.0, -100, 7, torch.arange(6).flip(0), impl))
+    grads = (torch.ones(6), torch.zeros(6), X, W, T, None, torch.ones(6), 0.0, 1.0, impl)
     for need in itertools.product((True, False), repeat=3):
         opcheck(implementation._backward, (*grads, *need))
 
@@ -147,10 +151,8 @@ def test_compiles_as_one_graph():
 
 def test_weight_gradient_only_when_asked(monkeypatch: pytest.MonkeyPatch):
     asked = []
-    original = implementation._torch_add_product_
-    monkeypatch.setattr(
-        implementation, "_torch_add_product_", lambda out, a, b: (asked.append(out.shape), original(out, a, b))
-    )
+    original = torch_path.add_product_
+    monkeypatch.setattr(torch_path, "add_product_", lambda out, a, b: (asked.append(out.shape), original(out, a, b)))
     x, w = X.clone().requires_grad_(), W.clone()
     ops.linear_cross_entropy(x, w, T).loss.sum().backward()
     assert asked == [(6, 5)]
@@ -186,12 +188,16 @@ def test_float32_is_full_precision(impl: str):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("case", ["bias, softcap and scale", "ties", "banned classes", "strided", "plain"])
+@pytest.mark.parametrize(
+    "case", ["bias, softcap and scale", "ties", "banned classes", "strided", "plain", "sampled", "sampled, everything"]
+)
 @pytest.mark.parametrize("impl", ["torch", INTERPRETER])
 def test_many_blocks_equal_the_oracle(impl: str, case: str, monkeypatch: pytest.MonkeyPatch):
     from fastforget_kernels import linear_cross_entropy as kernels
 
-    for name, size in (("_TORCH_ROWS", 16), ("_TORCH_COLUMNS", 24), ("_TRITON_ROWS", 48), ("_TRITON_COLUMNS", 320)):
+    for name, size in (("ROWS", 16), ("COLUMNS", 24)):
+        monkeypatch.setattr(torch_path, name, size)
+    for name, size in (("_TRITON_ROWS", 48), ("_TRITON_COLUMNS", 320)):
         monkeypatch.setattr(implementation, name, size)
     monkeypatch.setattr(kernels, "MAX_ROWS", 32)
     (operation,) = (operation for operation in OPERATIONS if operation.name == "linear_cross_entropy")
@@ -214,16 +220,17 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize(("rows", "classes"), [(3000, 5000), (9000, 1500)])
-def test_torch_workspace_does_not_grow(rows: int, classes: int):
+def test_torch_workspace_does_not_grow(rows: int, classes: int, sampled: bool):
     x, w, t = head(rows, 16, classes)
-    loss, hit, lse = implementation._empty_results(x)
+    loss, hit, lse, _ = implementation._empty_results(x, None)
     with LargestTensor() as forward:
-        implementation._torch_forward_(loss, hit, lse, x, w, t, None, 0.0, 1.0)
-    assert forward.largest <= implementation._TORCH_ROWS * implementation._TORCH_COLUMNS
+        torch_path.forward_(loss, hit, lse, x, w, t, None, 0.0, 1.0, torch.arange(rows) if sampled else None)
+    assert forward.largest <= torch_path.ROWS * torch_path.COLUMNS
     with LargestTensor() as backward:
-        implementation._backward._init_fn(loss, lse, x, w, t, None, lse, 0.0, 1.0, -100, "torch", True, True, False)
-    assert backward.largest <= implementation._TORCH_ROWS * implementation._TORCH_COLUMNS
+        implementation._backward._init_fn(loss, lse, x, w, t, None, lse, 0.0, 1.0, "torch", True, True, False)
+    assert backward.largest <= torch_path.ROWS * torch_path.COLUMNS
 
 
 @settings(max_examples=40, deadline=None)

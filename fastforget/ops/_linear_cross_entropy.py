@@ -1,4 +1,4 @@
-"""`linear_cross_entropy`: checks, dispatch, autograd, and the chunked PyTorch path."""
+"""`linear_cross_entropy`: checks, dispatch and autograd."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastforget.ops import _linear_cross_entropy_torch as torch_path
 from fastforget.ops._dispatch import resolve
+from fastforget.ops._exponential_race import row_keys
 
 __all__ = ["LinearCrossEntropy", "linear_cross_entropy"]
 
-# Rows and vocabulary entries of one block of logits on the torch path: 4 MB of float32, which stays in the last-level
-# cache between the product and the reductions. 512 to 2048 rows were within 5% of each other on a 2-core EPYC.
-_TORCH_ROWS, _TORCH_COLUMNS = 1024, 1024
 # Backward on Triton: one block of logit gradients, 64 MB in bfloat16; large enough for full-rate products.
 _TRITON_ROWS, _TRITON_COLUMNS = 8192, 4096
 
@@ -28,6 +27,8 @@ class LinearCrossEntropy(NamedTuple):
     """`[S]` bool: the target is the argmax of the logits, ties to the lowest index; False for ignored rows."""
     lse: Tensor
     """`[S]` log-sum-exp of the logits, for every row, ignored ones included; the dtype of `loss`."""
+    targets: Tensor
+    """`[S]` int64: the labels that were drawn with `sample_seed`, else `target`; `ignore_index` for ignored rows."""
 
 
 def linear_cross_entropy(
@@ -39,6 +40,8 @@ def linear_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
     ignore_index: int = -100,
+    sample_seed: int | None = None,
+    row_ids: Tensor | None = None,
     impl: str = "auto",
 ) -> LinearCrossEntropy:
     r"""Per-row cross-entropy of a linear head without the logits in memory.
@@ -52,34 +55,47 @@ def linear_cross_entropy(
     needs, for 16-bit inputs, one float32 copy of the input's gradient. Under autocast the inputs are cast as
     `torch.nn.functional.linear` casts them.
 
+    With `sample_seed`, the labels are drawn from the model's own distribution, softmax(z_s), in the same pass:
+
+        y_s = argmax_v (z_sv + g(sample_seed, row_ids_s, v)),    g standard Gumbel noise
+
+    The noise is a function of these three numbers alone, so that a row gets the same label in any batch, order, tiling and
+    implementation (logits that tie within rounding aside). Other seeds or row ids draw independently.
+
     Args:
         input: `[S, H]` hidden states, float32, bfloat16 or float16 (float64 on the torch path), any strides.
         linear_weight: `[V, H]` head, same dtype and device.
-        target: `[S]` int64 labels in `[0, V)`, or `ignore_index`.
+        target: `[S]` int64 labels in `[0, V)`, or `ignore_index`. With `sample_seed` it only says which rows count.
         linear_bias: `[V]`, same dtype and device.
         softcap: Bound of the logits, > 0, as in Gemma 2; None for no bound.
         scale: Factor of the logits, as Cohere's logit scale.
         ignore_index: Label of rows that are no target.
+        sample_seed: Draw the labels with this seed, any int64; None for the labels of `target`.
+        row_ids: `[S]` int64, what identifies each row's draw; None for 0, 1, ..., S - 1. Only with `sample_seed`.
         impl: "auto", "triton" or "torch".
 
     Returns:
-        `.loss`, `.hit` and `.lse`, see `LinearCrossEntropy`.
+        `.loss`, `.hit`, `.lse` and `.targets`, see `LinearCrossEntropy`. A row whose logits have no softmax (NaN, +inf or
+        nothing but -inf) has loss NaN; where it counts, the label 0 stands for its draw.
 
     Raises:
-        TypeError: A tensor has the wrong dtype.
-        ValueError: A shape, device, label, softcap or `impl` is wrong.
+        TypeError: A tensor has the wrong dtype, or `sample_seed` is no int.
+        ValueError: A shape, device, label, softcap, `sample_seed`, `row_ids` or `impl` is wrong.
 
     References:
         Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009; Milakov and Gimelshein,
-        "Online normalizer calculation for softmax", arXiv 1805.02867.
+        "Online normalizer calculation for softmax", arXiv 1805.02867; Maddison, Tarlow and Minka, "A* Sampling", arXiv
+        1411.0030 (Gumbel-max).
     """
     if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(input.device.type)
         input, linear_weight = input.to(dtype), linear_weight.to(dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(dtype)
     _check(input, linear_weight, target, linear_bias, softcap, scale)
-    options = (softcap or 0.0, float(scale), ignore_index, impl)
-    return LinearCrossEntropy(*_forward(input, linear_weight, target, linear_bias, *options))
+    _check_sampling(input, sample_seed, row_ids)
+    options = (softcap or 0.0, float(scale), ignore_index, sample_seed, row_ids, impl)
+    loss, hit, lse, drawn = _forward(input, linear_weight, target, linear_bias, *options)
+    return LinearCrossEntropy(loss, hit, lse, target if sample_seed is None else drawn)
 
 
 def _check(
@@ -106,6 +122,29 @@ def _check(
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
+
+
+def _check_sampling(input: Tensor, sample_seed: int | None, row_ids: Tensor | None) -> None:
+    if sample_seed is None:
+        if row_ids is not None:
+            raise ValueError(
+                "row_ids: expected None without sample_seed, got a tensor; pass sample_seed, or leave it out"
+            )
+        return
+    if not isinstance(sample_seed, int) or isinstance(sample_seed, bool):
+        raise TypeError(f"sample_seed: expected an int or None, got {type(sample_seed).__name__}; call int()")
+    if not -(2**63) <= sample_seed < 2**63:
+        raise ValueError(f"sample_seed: expected an int in [-2^63, 2^63), got {sample_seed}; reduce it modulo 2^63")
+    if row_ids is None:
+        return
+    if not isinstance(row_ids, Tensor):
+        raise TypeError(f"row_ids: expected a tensor [S], got {type(row_ids).__name__}; call torch.tensor()")
+    if row_ids.shape != input.shape[:1]:
+        raise ValueError(f"row_ids: expected shape [S] = ({input.shape[0]},), got {tuple(row_ids.shape)}; one id a row")
+    if row_ids.dtype != torch.int64:
+        raise TypeError(f"row_ids: expected int64, got {row_ids.dtype}; call .long()")
+    if row_ids.device != input.device:
+        raise ValueError(f"row_ids: expected device {input.device} like input, got {row_ids.device}; move it there")
 
 
 def _implementation(impl: str, input: Tensor) -> str:
@@ -137,38 +176,48 @@ def _forward(
     softcap: float,
     scale: float,
     ignore_index: int,
+    sample_seed: int | None,
+    row_ids: Tensor | None,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_labels(target, weight.shape[0], ignore_index)
-    loss, hit, lse = _empty_results(input)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, hit, lse, drawn = _empty_results(input, sample_seed)
+    if sample_seed is None:
+        label, keys = target, None
+        _check_labels(target, weight.shape[0], ignore_index)
+    else:
+        ids = torch.arange(len(target), device=target.device) if row_ids is None else row_ids
+        label, keys = drawn.zero_(), row_keys(sample_seed, ids)
     if _implementation(impl, input) == "triton":
         from fastforget_kernels.linear_cross_entropy import linear_cross_entropy_forward_ as forward_
     else:
-        forward_ = _torch_forward_
+        forward_ = torch_path.forward_
     with (
         torch.cuda.device_of(input),
         torch.autocast(input.device.type, enabled=False),
     ):  # the inputs are cast already; sums stay in float32
-        forward_(loss, hit, lse, input, weight, target, bias, softcap, scale)
+        forward_(loss, hit, lse, input, weight, label, bias, softcap, scale, keys)
     ignored = target == ignore_index
     loss.masked_fill_(ignored, 0.0)
     hit.masked_fill_(ignored, False)  # ignore_index may be a class
-    return loss, hit, lse
+    if sample_seed is not None:
+        drawn.masked_fill_(loss.isnan(), 0).masked_fill_(ignored, ignore_index)
+    return loss, hit, lse, drawn
 
 
-def _empty_results(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _accumulator(input.dtype)
+def _empty_results(input: Tensor, sample_seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch_path.accumulator(input.dtype)
     rows = input.shape[0]
     return (
         input.new_empty(rows, dtype=dtype),
         input.new_empty(rows, dtype=torch.bool),
         input.new_empty(rows, dtype=dtype),
+        input.new_empty(0 if sample_seed is None else rows, dtype=torch.int64),
     )
 
 
 @_forward.register_fake
-def _(input, weight, target, bias, softcap, scale, ignore_index, impl):
-    return _empty_results(input)
+def _(input, weight, target, bias, softcap, scale, ignore_index, sample_seed, row_ids, impl):
+    return _empty_results(input, sample_seed)
 
 
 @torch.library.custom_op("fastforget::linear_cross_entropy_backward", mutates_args=())
@@ -182,23 +231,22 @@ def _backward(
     lse: Tensor,
     softcap: float,
     scale: float,
-    ignore_index: int,
     impl: str,
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # dL/dz_sv = (grad_loss + grad_lse) p_sv - grad_loss [v = target]; an ignored row has no loss, but it has an lse.
-    grad_loss = torch.where(target == ignore_index, 0, grad_loss)
+    # dL/dz_sv = (grad_loss + grad_lse) p_sv - grad_loss [v = target]
     if _implementation(impl, input) == "triton":
         from fastforget_kernels.add_product import add_product_
         from fastforget_kernels.linear_cross_entropy import linear_cross_entropy_grad_logits as grad_logits
 
         block = _TRITON_ROWS, _TRITON_COLUMNS
     else:
-        block, grad_logits, add_product_ = (_TORCH_ROWS, _TORCH_COLUMNS), _torch_grad_logits, _torch_add_product_
+        block = torch_path.ROWS, torch_path.COLUMNS
+        grad_logits, add_product_ = torch_path.grad_logits, torch_path.add_product_
     rows, classes = input.shape[0], weight.shape[0]
-    accumulator = _accumulator(input.dtype)
+    accumulator = torch_path.accumulator(input.dtype)
     grad_input = input.new_zeros(input.shape if need_input else 0, dtype=accumulator)
     grad_weight = (
         torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
@@ -239,7 +287,6 @@ def _(
     lse,
     softcap,
     scale,
-    ignore_index,
     impl,
     need_input,
     need_weight,
@@ -253,100 +300,24 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    input, weight, target, bias, *ctx.options = inputs
-    _, hit, lse = output
-    ctx.mark_non_differentiable(hit)
-    ctx.save_for_backward(input, weight, target, bias, lse)
+    input, weight, target, bias, ctx.softcap, ctx.scale, ctx.ignore_index, ctx.sample_seed, _, ctx.impl = inputs
+    _, hit, lse, drawn = output
+    ctx.mark_non_differentiable(hit, drawn)
+    ctx.save_for_backward(input, weight, target, bias, lse, drawn)
 
 
-def _autograd_backward(ctx, grad_loss, _, grad_lse):
-    input, weight, target, bias, lse = ctx.saved_tensors
+def _autograd_backward(ctx, grad_loss, _, grad_lse, __):
+    input, weight, target, bias, lse, drawn = ctx.saved_tensors
     need_input, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-    grads = _backward(
-        grad_loss, grad_lse, input, weight, target, bias, lse, *ctx.options, need_input, need_weight, need_bias
-    )
+    # An ignored row has no loss, but it has an lse. `drawn` does not say which rows count: ignore_index may be a class.
+    grad_loss = torch.where(target == ctx.ignore_index, 0, grad_loss)
+    label = target if ctx.sample_seed is None else drawn
+    tensors = (grad_loss, grad_lse, input, weight, label, bias, lse)
+    grads = _backward(*tensors, ctx.softcap, ctx.scale, ctx.impl, need_input, need_weight, need_bias)
     grad_input, grad_weight, grad_bias = (
         grad if need else None for grad, need in zip(grads, (need_input, need_weight, need_bias), strict=True)
     )
-    return grad_input, grad_weight, None, grad_bias, None, None, None, None
+    return grad_input, grad_weight, None, grad_bias, *[None] * 6
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _torch_logits(input: Tensor, weight: Tensor, bias: Tensor | None, softcap: float, scale: float) -> Tensor:
-    """One block of logits `[R, C]` in the accumulator's dtype: 16-bit products are exact in float32."""
-    dtype = _accumulator(input.dtype)
-    logits = input.to(dtype) @ weight.to(dtype).T
-    if bias is not None:
-        logits += bias
-    if scale != 1.0:
-        logits *= scale
-    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
-
-
-def _torch_forward_(
-    loss: Tensor,
-    hit: Tensor,
-    lse: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    softcap: float,
-    scale: float,
-) -> None:
-    for s in range(0, input.shape[0], _TORCH_ROWS):
-        r = slice(s, s + _TORCH_ROWS)
-        input_block, target_block = input[r].to(loss.dtype), target[r]
-        running_max = torch.full_like(loss[r], -torch.inf)  # [R]
-        running_sum = torch.zeros_like(running_max)
-        target_logit = torch.full_like(running_max, torch.nan)
-        max_before = torch.full_like(running_max, -torch.inf)  # of the logits before the label
-        for v in range(0, weight.shape[0], _TORCH_COLUMNS):
-            columns = slice(v, v + _TORCH_COLUMNS)
-            bias_block = None if bias is None else bias[columns]
-            logits = _torch_logits(input_block, weight[columns].to(loss.dtype), bias_block, softcap, scale)  # [R, C]
-            label = target_block - v
-            here = ((label >= 0) & (label < logits.shape[1])).nonzero()[:, 0]
-            label, labelled = label[here, None], logits[here]
-            target_logit[here] = labelled.gather(1, label)[:, 0]
-            before = torch.arange(logits.shape[1], device=label.device) < label
-            max_before[here] = running_max[here].maximum(labelled.masked_fill_(~before, -torch.inf).amax(1))
-            new_max = running_max.maximum(logits.amax(1))
-            shift = new_max.masked_fill(new_max == -torch.inf, 0.0)  # a row of -inf so far: exp(-inf - 0) = 0
-            running_sum = running_sum * (running_max - shift).exp_() + logits.sub_(shift[:, None]).exp_().sum(1)
-            running_max = new_max
-        lse[r] = running_max + running_sum.log()
-        loss[r] = lse[r] - target_logit
-        # As in the kernel: nothing before the label is as large, nothing anywhere larger; twice as fast as an argmax.
-        hit[r] = (max_before < target_logit) & (running_max <= target_logit) & ~loss[r].isnan()
-
-
-def _torch_grad_logits(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    label: Tensor,
-    lse: Tensor,
-    grad_loss: Tensor,
-    grad_sum: Tensor,
-    softcap: float,
-    scale: float,
-) -> Tensor:
-    """Gradient `[R, C]` with respect to `x W^T + b` of one block; `label` is relative to the block's first column."""
-    logits = _torch_logits(input, weight, bias, softcap, scale)
-    grad = (logits - lse[:, None]).exp_().mul_(grad_sum[:, None])
-    inside = (label >= 0) & (label < grad.shape[1])
-    grad.scatter_add_(1, torch.where(inside, label, 0)[:, None], torch.where(inside, -grad_loss, 0)[:, None])
-    if softcap:
-        grad *= 1 - (logits / softcap).square_()
-    return grad.mul_(scale) if scale != 1.0 else grad
-
-
-def _torch_add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
-    out.addmm_(a.to(out.dtype), b.to(out.dtype))

@@ -23,71 +23,25 @@ References: Milakov and Gimelshein, arXiv 1805.02867 (online normaliser); Wijman
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastforget_kernels.arithmetic import LOG2_E, cast, dot, grouped_tile, tanh
+from fastforget_kernels.arithmetic import LOG2_E, cast, grouped_tile
 from fastforget_kernels.device import cdiv, device_properties
+from fastforget_kernels.exponential_race import arrival_times
+from fastforget_kernels.logits_tile import logits_tile, tile_options, tile_settings, unit_stride
 
 __all__ = [
-    "TileSettings",
     "linear_cross_entropy_forward_",
     "linear_cross_entropy_grad_logits",
-    "tile_settings",
     "vocabulary_splits",
 ]
 
 
-@dataclass(frozen=True)
-class TileSettings:
-    """Launch settings of the kernels that compute a tile of logits."""
-
-    block_s: int
-    block_v: int
-    block_h: int
-    group_s: int  # row blocks that run beside each other: they share the tiles of the weight in the L2 cache
-    num_warps: int
-    num_stages: int
-
-
 MAX_ROWS = 16384  # rows of one launch; bounds the workspace
 MAX_SPLITS = 64  # with MAX_ROWS: 8 MB of partial results
-
-
-def tile_settings(
-    dtype: torch.dtype, hidden: int, arch: str, *, contiguous: bool = True, stores_tile: bool = False
-) -> TileSettings:
-    """Launch settings of the two kernels that compute a tile of logits.
-
-    Args:
-        dtype: Of input and weight.
-        hidden: H.
-        arch: "sm_80", "sm_90", "sm_100" or an AMD name such as "gfx942".
-        contiguous: The rows of both have unit stride.
-        stores_tile: For the kernel that writes the tile, not only sums over its rows.
-
-    Returns:
-        The settings. The reasons given are the compiler's reports; none is tuned on a device yet.
-    """
-    if dtype == torch.float32:
-        return TileSettings(
-            64, 64, 16, 32, 8, 3
-        )  # on the ordinary cores; 32 deep, or 2 stages, spills 8 bytes somewhere
-    if arch.startswith("gfx"):
-        return TileSettings(128, 128, 32, 32, 8, 2)  # 64 KB of LDS
-    if hidden % 64 or not contiguous:
-        return TileSettings(128, 128, 32, 32, 8, 3)  # loads need masks or many addresses: wider tiles spill
-    if arch == "sm_80":
-        return TileSettings(128, 128, 64, 32, 8, 3)  # 128 x 256 spills under mma.sync
-    if arch == "sm_100" or stores_tile:
-        return TileSettings(
-            128, 128, 64, 32, 8, 4
-        )  # 128 x 256 spills where the accumulator changes its layout as a whole
-    return TileSettings(128, 256, 64, 32, 8, 3)  # 255 registers, no spill, 144 KB; 128 accumulators a thread
 
 
 def vocabulary_splits(row_blocks: int, vocabulary_tiles: int, multiprocessors: int, group_s: int) -> int:
@@ -113,46 +67,20 @@ def vocabulary_splits(row_blocks: int, vocabulary_tiles: int, multiprocessors: i
 
 
 @triton.jit
-def _logits_tile(
-    input_ptr, weight_ptr, bias_ptr, s0, v0, S, H, V,
-    stride_input_s, stride_input_h, stride_weight_v, stride_weight_h, scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_H: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """Logits of rows s0.. and vocabulary v0..; rows and columns past the end repeat the last one."""
-    # 64-bit where a tile starts, 32-bit inside it: S x H and V x H may pass 2^31, a tile does not.
-    offs_s = tl.minimum(tl.arange(0, BLOCK_S), S - 1 - s0)
-    offs_v = tl.minimum(tl.arange(0, BLOCK_V), V - 1 - v0)
-    offs_h = tl.arange(0, BLOCK_H)
-    input_ptr += s0.to(tl.int64) * stride_input_s
-    weight_ptr += v0.to(tl.int64) * stride_weight_v
-    input_ptrs = input_ptr + offs_s[:, None] * stride_input_s + offs_h[None, :] * stride_input_h
-    weight_ptrs = weight_ptr + offs_v[None, :] * stride_weight_v + offs_h[:, None] * stride_weight_h
-    z = tl.zeros((BLOCK_S, BLOCK_V), dtype=tl.float32)
-    for h0 in range(0, H, BLOCK_H):
-        if EVEN_H:
-            x = tl.load(input_ptrs)
-            w = tl.load(weight_ptrs)
-        else:
-            x = tl.load(input_ptrs, mask=offs_h[None, :] < H - h0, other=0.0)
-            w = tl.load(weight_ptrs, mask=offs_h[:, None] < H - h0, other=0.0)
-        z = dot(x, w, z, PRECISION)
-        input_ptrs += BLOCK_H * stride_input_h
-        weight_ptrs += BLOCK_H * stride_weight_h
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + v0 + offs_v).to(tl.float32)[None, :]
-    z *= scale
-    if HAS_SOFTCAP:
-        z = softcap * tanh(z / softcap)
-    return z
+def _at_label(z, label, BLOCK_V: tl.constexpr):
+    """Logit of each row's label, and the largest before it, in this tile."""
+    columns = tl.arange(0, BLOCK_V)
+    label_z = tl.max(tl.where(columns[None, :] == label[:, None], z, float("-inf")), axis=1)
+    earlier_z = tl.max(tl.where(columns[None, :] < label[:, None], z, float("-inf")), axis=1)
+    return label_z, earlier_z
 
 
 # A constant in place of 1 split or 1 tile a split saves nothing, compiles once more, and spills on sm_90.
 @triton.jit(do_not_specialize=["splits", "tiles_per_split"])
 def _forward_kernel(
-    input_ptr, weight_ptr, bias_ptr, target_ptr, max_ptr, sum_ptr, target_logit_ptr, max_before_ptr,
-    S, H, V, splits, tiles_per_split,
-    stride_input_s, stride_input_h, stride_weight_v, stride_weight_h, scale, softcap,
+    input_ptr, weight_ptr, bias_ptr, target_ptr, key_ptr, max_ptr, sum_ptr, target_logit_ptr, max_before_ptr,
+    best_ptr, label_ptr, S, H, V, splits, tiles_per_split,
+    stride_input_s, stride_input_h, stride_weight_v, stride_weight_h, scale, softcap, SAMPLE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_H: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP_S: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +88,12 @@ def _forward_kernel(
     s0 = row_block * BLOCK_S
     offs_s = s0 + tl.arange(0, BLOCK_S)
     mask_s = offs_s < S
-    target = tl.load(target_ptr + offs_s, mask=mask_s, other=-1)
+    if SAMPLE:
+        key = tl.load(key_ptr + offs_s, mask=mask_s, other=0)
+        best = tl.full((BLOCK_S,), float("inf"), dtype=tl.float32)
+        target = tl.zeros((BLOCK_S,), dtype=tl.int32)
+    else:
+        target = tl.load(target_ptr + offs_s, mask=mask_s, other=-1)
     running_max = tl.full((BLOCK_S,), float("-inf"), dtype=tl.float32)
     running_sum = tl.zeros((BLOCK_S,), dtype=tl.float32)
     target_logit = tl.full((BLOCK_S,), float("-inf"), dtype=tl.float32)
@@ -168,7 +101,7 @@ def _forward_kernel(
     first = split * tiles_per_split
     for tile in range(tl.minimum(tiles_per_split, tl.cdiv(V, BLOCK_V) - first)):
         v0 = (first + tile) * BLOCK_V
-        z = _logits_tile(
+        z = logits_tile(
             input_ptr, weight_ptr, bias_ptr, s0, v0, S, H, V,
             stride_input_s, stride_input_h, stride_weight_v, stride_weight_h, scale, softcap,
             HAS_BIAS, HAS_SOFTCAP, EVEN_H, PRECISION, BLOCK_S, BLOCK_V, BLOCK_H,
@@ -176,57 +109,96 @@ def _forward_kernel(
         offs_v = v0 + tl.arange(0, BLOCK_V)
         z = tl.where(offs_v[None, :] < V, z, float("-inf"))
         # Few tiles hold a label: skip two reductions over the tile where none does.
-        label = (target - v0).to(tl.int32)
-        here = (label >= 0) & (label < BLOCK_V)
-        if tl.max(here.to(tl.int32), axis=0) > 0:
-            columns = tl.arange(0, BLOCK_V)
-            label_z = tl.max(tl.where(columns[None, :] == label[:, None], z, float("-inf")), axis=1)
-            earlier_z = tl.max(tl.where(columns[None, :] < label[:, None], z, float("-inf")), axis=1)
-            target_logit = tl.where(here, label_z, target_logit)
-            max_before = tl.where(here, tl.maximum(running_max, earlier_z), max_before)
+        if not SAMPLE:
+            label = (target - v0).to(tl.int32)
+            here = (label >= 0) & (label < BLOCK_V)
+            if tl.max(here.to(tl.int32), axis=0) > 0:
+                label_z, earlier_z = _at_label(z, label, BLOCK_V)
+                target_logit = tl.where(here, label_z, target_logit)
+                max_before = tl.where(here, tl.maximum(running_max, earlier_z), max_before)
         tile_max = tl.max(z, axis=1)
         new_max = tl.maximum(running_max, tile_max)
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # nothing but -inf so far: exp(-inf - 0) = 0
         running_sum *= tl.exp2((running_max - shift) * LOG2_E)
         running_sum += tl.sum(tl.exp2((z - shift[:, None]) * LOG2_E), axis=1)
+        if SAMPLE:  # last: the arrival times take the registers of the exponentials
+            arrival = arrival_times(z - shift[:, None], key[:, None], offs_v[None, :])
+            earliest = tl.min(arrival, axis=1)
+            columns = tl.arange(0, BLOCK_V)
+            label = tl.min(tl.where(arrival == earliest[:, None], columns[None, :], BLOCK_V), axis=1)
+            best *= tl.exp2(tl.minimum((shift - running_max) * LOG2_E, 120.0))
+            here = (earliest < best) & (tile_max > float("-inf"))  # not on a tie: the lowest index stays
+            best = tl.where(here, earliest, best)
+            target = tl.where(here, v0 + label, target)
+            label_z, earlier_z = _at_label(z, label, BLOCK_V)
+            target_logit = tl.where(here, label_z, target_logit)
+            max_before = tl.where(here, tl.maximum(running_max, earlier_z), max_before)
         running_max = new_max
     offs_partial = split.to(tl.int64) * S + offs_s
     tl.store(max_ptr + offs_partial, running_max, mask=mask_s)
     tl.store(sum_ptr + offs_partial, running_sum, mask=mask_s)
-    end = tl.minimum((first + tiles_per_split) * BLOCK_V, V)
-    in_split = mask_s & (target >= first * BLOCK_V) & (target < end)
-    tl.store(target_logit_ptr + offs_s, target_logit, mask=in_split)
-    tl.store(max_before_ptr + offs_s, max_before, mask=in_split)
+    if SAMPLE:  # every split has a candidate
+        tl.store(best_ptr + offs_partial, best, mask=mask_s)
+        tl.store(label_ptr + offs_partial, target, mask=mask_s)
+        tl.store(target_logit_ptr + offs_partial, target_logit, mask=mask_s)
+        tl.store(max_before_ptr + offs_partial, max_before, mask=mask_s)
+    else:
+        end = tl.minimum((first + tiles_per_split) * BLOCK_V, V)
+        in_split = mask_s & (target >= first * BLOCK_V) & (target < end)
+        tl.store(target_logit_ptr + offs_s, target_logit, mask=in_split)
+        tl.store(max_before_ptr + offs_s, max_before, mask=in_split)
 
 
 @triton.jit
 def _merge_kernel(
-    loss_ptr, hit_ptr, lse_ptr, target_ptr, max_ptr, sum_ptr, target_logit_ptr, max_before_ptr, S, splits, split_width,
-    BLOCK_S: tl.constexpr,
+    loss_ptr, hit_ptr, lse_ptr, target_ptr, max_ptr, sum_ptr, target_logit_ptr, max_before_ptr, best_ptr, label_ptr,
+    S, splits, split_width, SAMPLE: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     mask_s = offs_s < S
-    target = tl.load(target_ptr + offs_s, mask=mask_s, other=0)
-    target_logit = tl.load(target_logit_ptr + offs_s, mask=mask_s, other=0.0)
-    beaten = tl.load(max_before_ptr + offs_s, mask=mask_s, other=0.0) >= target_logit
+    if SAMPLE:
+        best = tl.full((BLOCK_S,), float("inf"), dtype=tl.float32)
+        target = tl.zeros((BLOCK_S,), dtype=tl.int32)
+        target_logit = tl.full((BLOCK_S,), float("-inf"), dtype=tl.float32)
+        max_before = tl.full((BLOCK_S,), float("-inf"), dtype=tl.float32)
+    else:
+        target = tl.load(target_ptr + offs_s, mask=mask_s, other=0)
+        target_logit = tl.load(target_logit_ptr + offs_s, mask=mask_s, other=0.0)
+        max_before = tl.load(max_before_ptr + offs_s, mask=mask_s, other=0.0)
     total_max = tl.full((BLOCK_S,), float("-inf"), dtype=tl.float32)
     total_sum = tl.zeros((BLOCK_S,), dtype=tl.float32)
     offs_partial = offs_s.to(tl.int64)
     for split in range(splits):
         split_max = tl.load(max_ptr + offs_partial, mask=mask_s, other=0.0)
         split_sum = tl.load(sum_ptr + offs_partial, mask=mask_s, other=1.0)
-        before_label = target >= (split + 1) * split_width
-        beaten |= (split_max > target_logit) | (before_label & (split_max == target_logit))
         new_max = tl.maximum(total_max, split_max)
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        if SAMPLE:
+            best *= tl.exp2(tl.minimum((shift - total_max) * LOG2_E, 120.0))
+            split_best = tl.load(best_ptr + offs_partial, mask=mask_s, other=0.0)
+            split_best *= tl.exp2(tl.minimum((shift - split_max) * LOG2_E, 120.0))
+            better = split_best < best  # not on a tie: the lowest index stays
+            best = tl.where(better, split_best, best)
+            target = tl.where(better, tl.load(label_ptr + offs_partial, mask=mask_s, other=0), target)
+            split_logit = tl.load(target_logit_ptr + offs_partial, mask=mask_s, other=0.0)
+            target_logit = tl.where(better, split_logit, target_logit)
+            split_before = tl.load(max_before_ptr + offs_partial, mask=mask_s, other=0.0)
+            max_before = tl.where(better, tl.maximum(total_max, split_before), max_before)
+        else:
+            before_label = target >= (split + 1) * split_width
+            max_before = tl.where(before_label, tl.maximum(max_before, split_max), max_before)
         total_sum *= tl.exp2((total_max - shift) * LOG2_E)
         total_sum += split_sum * tl.exp2((split_max - shift) * LOG2_E)
         total_max = new_max
         offs_partial += S
     lse = total_max + tl.log2(total_sum) / LOG2_E
+    loss = lse - target_logit
+    hit = (max_before < target_logit) & (total_max <= target_logit) & (loss == loss)
     tl.store(lse_ptr + offs_s, lse, mask=mask_s)
-    tl.store(loss_ptr + offs_s, lse - target_logit, mask=mask_s)
-    tl.store(hit_ptr + offs_s, (beaten == 0) & (lse - target_logit == lse - target_logit), mask=mask_s)
+    tl.store(loss_ptr + offs_s, loss, mask=mask_s)
+    tl.store(hit_ptr + offs_s, hit, mask=mask_s)
+    if SAMPLE:
+        tl.store(target_ptr + offs_s, target.to(tl.int64), mask=mask_s)
 
 
 @triton.jit
@@ -239,7 +211,7 @@ def _grad_logits_kernel(
     row_block, tile = grouped_tile(tl.program_id(0), tl.cdiv(S, BLOCK_S), tl.cdiv(V, BLOCK_V), GROUP_S)
     s0 = row_block * BLOCK_S
     v0 = tile * BLOCK_V
-    z = _logits_tile(
+    z = logits_tile(
         input_ptr, weight_ptr, bias_ptr, s0, v0, S, H, V,
         stride_input_s, stride_input_h, stride_weight_v, stride_weight_h, scale, softcap,
         HAS_BIAS, HAS_SOFTCAP, EVEN_H, PRECISION, BLOCK_S, BLOCK_V, BLOCK_H,
@@ -272,8 +244,9 @@ def linear_cross_entropy_forward_(
     bias: Tensor | None,
     softcap: float,
     scale: float,
+    keys: Tensor | None,
 ) -> None:
-    """Write loss, hit and lse of every row; allocates its workspace, at most 9 MB.
+    """Write loss, hit and lse of every row; allocates its workspace, at most 9 MB, or 25 MB where labels are drawn.
 
     Args:
         loss: `[S]` float32, written; NaN where the label is outside `[0, V)`.
@@ -281,37 +254,42 @@ def linear_cross_entropy_forward_(
         lse: `[S]` float32, written.
         input: `[S, H]` float32, bfloat16 or float16, any strides.
         weight: `[V, H]`, same dtype.
-        target: `[S]` int64.
+        target: `[S]` int64; contiguous and written where labels are drawn.
         bias: `[V]` or None.
         softcap: 0 for none.
         scale: Factor of the logits.
+        keys: `[S]` int64, contiguous: draw the labels from the softmax of the logits, with these keys; or None.
     """
     (rows, hidden), vocabulary = input.shape, weight.shape[0]
     if rows == 0:
         return
     arch, multiprocessors = device_properties(input.device)
-    settings = tile_settings(input.dtype, hidden, arch, contiguous=_unit_stride(input, weight))
+    sample = keys is not None
+    settings = tile_settings(input.dtype, hidden, arch, contiguous=unit_stride(input, weight), samples=sample)
     block = min(rows, MAX_ROWS)
     tiles = cdiv(vocabulary, settings.block_v)
     splits = vocabulary_splits(cdiv(block, settings.block_s), tiles, multiprocessors, settings.group_s)
     tiles_per_split = cdiv(tiles, splits)
     splits = cdiv(tiles, tiles_per_split)
-    partial = torch.empty(2, splits, block, dtype=torch.float32, device=input.device)
-    at_label = torch.empty(
-        2, block, dtype=torch.float32, device=input.device
-    )  # the label's logit, the maximum before it
+    partial = input.new_empty((5 if sample else 2, splits, block), dtype=torch.float32)
+    if sample:  # of every split: maximum, sum, the label's logit, the maximum before it, its arrival; the label
+        partials = (*partial, input.new_empty((splits, block), dtype=torch.int32))
+    else:  # of the split that holds the label: its logit, the maximum before it
+        at_label = input.new_empty((2, block), dtype=torch.float32)
+        partials = (*partial, *at_label, None, None)
     for s in range(0, rows, block):
         r = slice(s, min(s + block, rows))
         size = r.stop - s
         label = target[r].contiguous()
-        at_label.fill_(torch.nan)
-        partials = (*partial, *at_label)
+        if not sample:
+            at_label.fill_(torch.nan)
         _forward_kernel[(cdiv(size, settings.block_s) * splits,)](
-            input[r], weight, bias, label, *partials, size, hidden, vocabulary, splits, tiles_per_split,
-            *input.stride(), *weight.stride(), scale, softcap, **_tile_options(settings, input, bias, softcap),
+            input[r], weight, bias, label, None if keys is None else keys[r], *partials, size, hidden, vocabulary,
+            splits, tiles_per_split, *input.stride(), *weight.stride(), scale, softcap, sample,
+            **tile_options(settings, input, bias, softcap),
         )  # fmt: skip
         _merge_kernel[(cdiv(size, 128),)](
-            loss[r], hit[r], lse[r], label, *partials, size, splits, tiles_per_split * settings.block_v,
+            loss[r], hit[r], lse[r], label, *partials, size, splits, tiles_per_split * settings.block_v, sample,
             BLOCK_S=128, num_warps=4,
         )  # fmt: skip
 
@@ -346,28 +324,9 @@ def linear_cross_entropy_grad_logits(
     (rows, hidden), columns = input.shape, weight.shape[0]
     grad = input.new_empty(rows, columns)
     arch = device_properties(input.device)[0]
-    settings = tile_settings(input.dtype, hidden, arch, contiguous=_unit_stride(input, weight), stores_tile=True)
+    settings = tile_settings(input.dtype, hidden, arch, contiguous=unit_stride(input, weight), stores_tile=True)
     _grad_logits_kernel[(cdiv(rows, settings.block_s) * cdiv(columns, settings.block_v),)](
         grad, input, weight, bias, label, lse, grad_loss.contiguous(), grad_sum.contiguous(), rows, hidden, columns,
-        columns, *input.stride(), *weight.stride(), scale, softcap, **_tile_options(settings, input, bias, softcap),
+        columns, *input.stride(), *weight.stride(), scale, softcap, **tile_options(settings, input, bias, softcap),
     )  # fmt: skip
     return grad
-
-
-def _unit_stride(input: Tensor, weight: Tensor) -> bool:
-    return input.stride(1) == weight.stride(1) == 1
-
-
-def _tile_options(settings: TileSettings, input: Tensor, bias: Tensor | None, softcap: float) -> dict[str, object]:
-    return {
-        "HAS_BIAS": bias is not None,
-        "HAS_SOFTCAP": softcap > 0,
-        "EVEN_H": input.shape[1] % settings.block_h == 0,
-        "PRECISION": "ieee",
-        "BLOCK_S": settings.block_s,
-        "BLOCK_V": settings.block_v,
-        "BLOCK_H": settings.block_h,
-        "GROUP_S": settings.group_s,
-        "num_warps": settings.num_warps,
-        "num_stages": settings.num_stages,
-    }

@@ -3,40 +3,14 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from architectures.families import FAMILIES, VOCABULARY, build
+from architectures.layouts import layouts
 
 import fastforget as ff
 from fastforget.perplexity import score_examples
-
-sys.path.insert(0, str(Path(__file__).parent))
-from families import FAMILIES, VOCABULARY, build
-
-LENGTHS = (7, 12, 2, 9)
-
-
-@pytest.fixture(scope="module")
-def examples() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(3, VOCABULARY, (n,), generator=generator) for n in LENGTHS]
-
-
-def padded(examples: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
-    width = max(map(len, examples))
-    ids = examples[0].new_full((len(examples), width), 5)
-    mask = torch.zeros_like(ids)
-    for row, example in enumerate(examples):
-        place = slice(0, len(example)) if side == "right" else slice(width - len(example), width)
-        ids[row, place], mask[row, place] = example, 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def packed(examples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    positions = torch.cat([torch.arange(len(example), device=example.device) for example in examples])
-    return {"input_ids": torch.cat(examples)[None], "position_ids": positions[None]}
 
 
 @torch.no_grad()
@@ -58,7 +32,7 @@ def test_layouts_equal_the_example_alone(family: str, dtype: torch.dtype, device
     oracle = alone(copy.deepcopy(model).double(), examples)
     eager = alone(model, examples)
     allowed = (eager - oracle).abs().max() + (1e-5 if dtype == torch.float32 else 2e-2)
-    for layout in (padded(examples, "right"), padded(examples, "left"), packed(examples)):
+    for layout in layouts(examples).values():
         with torch.no_grad():
             got = ff.log_perplexity(model, **layout)
         assert got.dtype == torch.float32

@@ -1,0 +1,1 @@
+"""The diagonal Fisher: estimating it, keeping it in files, and looking at it."""

@@ -1,0 +1,466 @@
+"""`DiagonalFisher`: the diagonal Fisher of a causal language model, exact per example, in ordinary training steps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fastforget._head import eval_mode
+from fastforget.fisher.examples import Examples
+from fastforget.fisher.gradients import How
+from fastforget.fisher.observe import Observer
+from fastforget.fisher.passes import (
+    Convention,
+    Losses,
+    NonFiniteError,
+    backward_under,
+    choose_rules_on,
+    example_weights,
+    refuse_nonfinite_gradients,
+    refuse_nonfinite_losses,
+    transform_of,
+)
+from fastforget.fisher.sums import Sums
+from fastforget.fisher.tape import Tape
+from fastforget.fisher.watched import Filter, Watched, local, uncompiled
+from fastforget.ops import square_accumulate_
+from fastforget.perplexity import IGNORE, PackedRows, check_batch, log_perplexity, pack_rows
+
+__all__ = ["DiagonalFisher"]
+
+_ACTIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models whose forwards are swapped now."""
+
+
+class DiagonalFisher:
+    r"""Diagonal Fisher information of every trainable parameter of a causal language model.
+
+        F = sum_b w_b G_b^2 / sum_b w_b,    G_b = dL_b / dtheta
+
+    with L_b the loss of example b alone: what a loop of batch-size-1 backwards over the unpadded examples computes, at the
+    price of one ordinary step a batch. The rule of every module is checked against autograd on a few tokens at
+    first use; a parameter whose gradients cannot be told apart by example is refused by name.
+
+    Args:
+        model: A transformers causal language model; PEFT, DDP, FSDP2 and `torch.compile` wrappers are fine.
+        per: "example" is the Fisher above. "position" squares every position's contribution, `(d^2)^T a^2`: cheaper, and
+            another quantity. "batch_mean" squares the gradient of the mean loss of a batch, once an update, as most
+            EWC code does.
+        labels: "data" for the empirical Fisher, "sampled" for labels drawn from the model's own distribution.
+        loss: "mean" or "sum" over an example's targets.
+        samples: Draws an example, for sampled labels.
+        seed: Of the draws.
+        parameters: Patterns such as "*.mlp.*", or a function of the canonical name; default: every parameter that
+            requires a gradient.
+        offload: Keep the sums in pinned CPU memory; one parameter at a time is on the device.
+        impl: Implementation of the fused operations: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: An argument is unknown, no parameter is left, or the model is no causal language model.
+
+    References:
+        Kirkpatrick et al., arXiv 1612.00796 (EWC); Kunstner et al., arXiv 1905.12558 (empirical and true Fisher).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        per: str = "example",
+        labels: str = "data",
+        loss: str = "mean",
+        samples: int = 1,
+        seed: int = 0,
+        parameters: Filter = None,
+        offload: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        for name, value, allowed in (
+            ("per", per, ("example", "position", "batch_mean")),
+            ("labels", labels, ("data", "sampled")),
+            ("loss", loss, ("mean", "sum")),
+            ("impl", impl, ("auto", "triton", "torch")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
+        if per == "batch_mean" and labels == "sampled":
+            raise ValueError('labels: expected "data" with per="batch_mean", got "sampled"; use per="example"')
+        if not isinstance(samples, int) or samples < 1 or (samples > 1 and labels == "data"):
+            raise ValueError(f'samples: expected an integer >= 1, and 1 with labels="data", got {samples!r}')
+        if not isinstance(seed, int) or not 0 <= seed < 2**31:
+            raise ValueError(f"seed: expected an integer in [0, 2^31), got {seed!r}")
+        self.per, self.labels, self.loss, self.samples, self.seed = per, labels, loss, samples, seed
+        self._impl = impl
+        self._watched = Watched(model, parameters)
+        self._sums = Sums(self._watched.wanted, offload)
+        self._uses: dict[str, int] | None = None  # of every parameter in one forward, once the rules are chosen
+        self._weight_sum, self._examples, self._tokens = 0.0, 0, 0
+        self._skipped: list[Any] = []
+        self._invalid: str | None = None
+
+    # Ways in ----------------------------------------------------------------------------------------------------------
+
+    def update(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        weights: Tensor | Sequence[float] | None = None,
+        example_ids: Sequence[Any] | None = None,
+    ) -> Losses:
+        """Add a batch: one forward and one backward of its own, in eval mode. No `.grad` is written.
+
+        Args:
+            input_ids: `[B, T]` int64, like the next three as in `log_perplexity`.
+            attention_mask: `[B, T]`, nonzero where a token is attended; None for everywhere.
+            labels: `[B, T]` int64, unshifted, -100 for no target; default: every attended token.
+            position_ids: `[B, T]`; positions that start again at 0 within a row tell packed examples apart.
+            weights: `[B]` >= 0, how much each example counts; default 1.
+            example_ids: B names of the examples, for error messages, and for the draws of sampled labels, which are those
+                of an example's name whatever its batch; default: numbers in order.
+
+        Returns:
+            `.loss` and `.tokens`, each `[B]`.
+
+        Raises:
+            NonFiniteError: The loss of some examples is not finite: nothing was added. Or a gradient is not: then the
+                estimate is invalid.
+            ValueError: An argument has a wrong shape or value, or the model does something that cannot be honoured.
+        """
+        watched = self._watched
+        check_batch(watched.model, input_ids, attention_mask, labels, position_ids)
+        rows = pack_rows(input_ids, attention_mask, labels, position_ids)
+        with self._active(), torch.enable_grad(), eval_mode(watched.inner), uncompiled(watched.model):
+            transform = transform_of(watched, rows.input_ids, self._impl)
+            self._choose_rules()
+            count = len(rows.input_ids)
+            given = example_weights(weights, count, self._dtype, input_ids.device)
+            ids = self._ids(example_ids, count)
+            owner = torch.arange(count, device=input_ids.device)[:, None].expand_as(rows.input_ids)
+            if rows.attended is not None:
+                owner = owner.masked_fill(~rows.attended, -1)
+            examples = Examples(owner, count, given / self.samples, ids)
+            if self.per == "batch_mean":
+                losses = self._add_batch_mean(rows, examples, input_ids, attention_mask, labels, position_ids)
+            else:
+                seeds = tuple((self.seed << 16) + i for i in range(self.samples)) if self.labels == "sampled" else None
+                tape = self._tape(detach=True)
+                with self._all_or_invalid(tape):
+                    convention = Convention(self.loss, seeds, self._impl)
+                    losses = backward_under(watched, tape, rows, examples, transform, convention)
+        self._count(examples.ids, given, losses.tokens)
+        self._refuse_nonfinite([examples])
+        return losses
+
+    @contextlib.contextmanager
+    def observe(
+        self,
+        labels: Tensor | None = None,
+        *,
+        loss_denominator: float | Tensor | None = None,
+        weights: Tensor | Sequence[float] | None = None,
+        fuse_grad: bool = False,
+    ) -> Iterator[None]:
+        """Ride on the caller's own step: `with fisher.observe(): loss = model(**batch).loss; loss.backward()`.
+
+        The model's forward and the caller's `.grad` stay bitwise what they are. Several micro-batches may run inside. The
+        loss has to be `sum over targets of the negative log-likelihood / loss_denominator`, as transformers' models
+        compute it; the factor that it gives each example is undone, so the result is that of `update` in the model's own
+        mode. With per="batch_mean" the block is one optimizer step: the square of its `.grad` is added.
+
+        Args:
+            labels: `[B, T]` unshifted, -100 for no target; default: the `labels` that the model is called with.
+            loss_denominator: What the summed loss was divided by, with everything else that scales the loss before the
+                backward (gradient accumulation, the inverse of a loss scaler); default: `num_items_in_batch` if the model
+                is called with it, else the number of targets of the call.
+            weights: `[B]` >= 0 of each call's examples; default 1.
+            fuse_grad: Compute the weights' `.grad` in the same pass as the Fisher: cheaper, and equal up to rounding.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            ValueError: There are no targets an example, the loss couples examples, no backward ran, or the labels are to
+                be sampled.
+        """
+        if self.labels == "sampled":
+            raise ValueError(
+                'observe: expected labels="data", got "sampled", whose loss is not the caller\'s; use update()'
+            )
+        watched = self._watched
+        with self._active(), uncompiled(watched.model):
+            if self.per == "batch_mean":
+                yield from self._observe_step()
+                return
+            with eval_mode(watched.inner), torch.enable_grad():
+                self._choose_rules()
+            tape = self._tape(detach=False, fuse_grad=fuse_grad)
+            first = self._examples + len(self._skipped)
+            observer = Observer(watched, tape, labels, loss_denominator, weights, self.loss, first)
+            with self._all_or_invalid(tape):
+                with tape.running(), observer.running():
+                    yield
+                batches = observer.finished()
+                tape.flush()
+        for batch in batches:
+            self._count(batch.examples.ids, batch.weights, batch.tokens)
+        self._refuse_nonfinite([batch.examples for batch in batches])
+
+    # Results ----------------------------------------------------------------------------------------------------------
+
+    def diagonal(self) -> dict[str, Tensor]:
+        """The estimate, `sum_b w_b G_b^2 / sum_b w_b`, by canonical parameter name.
+
+        Under DDP and FSDP2 it is that of all processes' examples, and every process has to call this.
+
+        Returns:
+            float32 tensors (float64 for a float64 model), new ones; DTensors sharded like their parameters under FSDP2.
+
+        Raises:
+            ValueError: Nothing was added yet, or the estimate is invalid.
+        """
+        self._refuse_invalid()
+        total = self._over_processes(self._weight_sum)
+        if not total > 0:
+            raise ValueError(
+                "fisher: expected at least one example with a target and a weight > 0; call update() first"
+            )
+        group, result = self._watched.group(), {}
+        for name, value in self._sums.tensors.items():
+            parameter = self._watched.parameters[name]
+            if value.device.type == "cpu" and local(parameter).is_cuda:
+                torch.cuda.synchronize(local(parameter).device)  # an offloaded sum may still be on its way
+            mean = value / total
+            if not bool(mean.isfinite().all()):
+                self._invalid = f"the sum of {name} is not finite"
+                self._refuse_invalid()
+            if isinstance(parameter, DTensor):
+                shape, stride = parameter.shape, parameter.stride()
+                placed = parameter.device_mesh, parameter.placements
+                mean = DTensor.from_local(mean, *placed, run_check=False, shape=shape, stride=stride)
+            elif group is not None:
+                dist.all_reduce(mean, group=group)
+            result[name] = mean
+        return result
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a saved file records beside the tensors: model, convention, and what was counted."""
+        from fastforget import __version__
+
+        config = self._watched.base.config
+        dtypes = sorted({str(parameter.dtype)[6:] for parameter in self._watched.wanted.values()})
+        return {
+            "model": str(getattr(config, "_name_or_path", "") or type(self._watched.base).__name__),
+            "model_type": getattr(config, "model_type", ""),
+            "per": self.per,
+            "labels": self.labels,
+            "loss": self.loss,
+            "samples": self.samples,
+            "seed": self.seed,
+            "examples": int(self._over_processes(self._examples)),
+            "tokens": int(self._over_processes(self._tokens)),
+            "weight_sum": self._over_processes(self._weight_sum),
+            "skipped": int(self._over_processes(len(self._skipped))),
+            "dtype": ", ".join(dtypes),
+            "aliases": self._watched.aliases,
+            "fastforget": __version__,
+        }
+
+    @property
+    def skipped(self) -> list[Any]:
+        """Ids of the examples without a target, which do not count."""
+        return list(self._skipped)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the estimate as safetensors with its metadata; whole or not at all.
+
+        Under DDP and FSDP2 every process has to call this, and the first one writes.
+
+        Args:
+            path: The file, `.safetensors`.
+
+        Raises:
+            ValueError: The estimate is invalid or empty.
+        """
+        from fastforget.fisher.files import save_fisher
+
+        whole = {n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in self.diagonal().items()}
+        metadata = self.metadata
+        if self._watched.group() is None or dist.get_rank() == 0:
+            save_fisher(path, whole, metadata)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums and counters of this process, to continue from bit for bit.
+
+        Returns:
+            Tensors, which later updates change.
+        """
+        counters = [self._weight_sum, self._examples, self._tokens, len(self._skipped)]
+        sums = {f"sum.{name}": value for name, value in self._sums.tensors.items()}
+        return sums | {"counters": torch.tensor(counters, dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state_dict` gave.
+
+        Args:
+            state: Its tensors.
+
+        Raises:
+            ValueError: Names or shapes are others.
+        """
+        mine = self.state_dict()
+        wrong = sorted(mine.keys() ^ state.keys()) or [n for n in mine if mine[n].shape != state[n].shape]
+        if wrong:
+            raise ValueError(
+                f"state: expected the names and shapes of this model, got others for {', '.join(wrong[:3])}"
+            )
+        for name, value in self._sums.tensors.items():
+            value.copy_(state[f"sum.{name}"])
+        self._weight_sum, examples, tokens, skipped = state["counters"].tolist()
+        self._examples, self._tokens = int(examples), int(tokens)
+        self._skipped, self._invalid = [None] * int(skipped), None
+
+    def __repr__(self) -> str:
+        """One line."""
+        convention = f"per={self.per!r}, labels={self.labels!r}, loss={self.loss!r}"
+        return f"DiagonalFisher({convention}, {len(self._sums.tensors)} tensors, {self._examples:,} examples)"
+
+    # Inside -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self._sums.tensors.values())).dtype
+
+    def _tape(self, *, detach: bool, fuse_grad: bool = False) -> Tape:
+        how = How(self.per == "position", self._impl)
+        return Tape(self._watched.owners, self._sums, self._watched.selected, self._uses or {}, detach, how, fuse_grad)
+
+    def _choose_rules(self) -> None:
+        """Choose the rules, once, in eval mode."""
+        if self._uses is None:
+            choose = self.per != "batch_mean"
+            self._uses = choose_rules_on(self._watched, self._sums, self._impl) if choose else {}
+
+    @contextlib.contextmanager
+    def _active(self) -> Iterator[None]:
+        """One estimator at a time on a model."""
+        self._refuse_invalid()
+        base = self._watched.base
+        if base in _ACTIVE:
+            raise ValueError(
+                "fisher: an estimator is active on this model already; leave its `with observe()` block before you call "
+                "update() or observe() again"
+            )
+        _ACTIVE.add(base)
+        try:
+            yield
+        finally:
+            _ACTIVE.discard(base)
+
+    @contextlib.contextmanager
+    def _all_or_invalid(self, tape: Tape) -> Iterator[None]:
+        """An error after something was added makes the estimate invalid."""
+        try:
+            yield
+        except BaseException as error:
+            if tape.batches:
+                self._invalid = f"a batch failed after part of it had been added ({type(error).__name__})"
+            raise
+
+    def _refuse_invalid(self) -> None:
+        if self._invalid:
+            raise ValueError(f"fisher: the estimate is invalid: {self._invalid}; start again with a new DiagonalFisher")
+
+    def _refuse_nonfinite(self, batches: Sequence[Examples]) -> None:
+        try:
+            refuse_nonfinite_gradients(batches)
+        except NonFiniteError:
+            self._invalid = "gradients of some examples were not finite"
+            raise
+
+    def _ids(self, given: Sequence[Any] | None, count: int) -> list[Any]:
+        if given is None:
+            first = self._examples + len(self._skipped)
+            rank = dist.get_rank() << 34 if self._watched.group() is not None else 0
+            return [rank + first + i for i in range(count)]
+        if len(given) != count:
+            raise ValueError(f"example_ids: expected {count}, one an example, got {len(given)}")
+        return list(given)
+
+    def _count(self, ids: Sequence[Any], weights: Tensor, tokens: Tensor) -> None:
+        counted = tokens.to(weights.device) > 0
+        self._weight_sum += float(1.0 if self.per == "batch_mean" else weights[counted].sum(dtype=torch.float64))
+        self._examples += int(counted.sum())
+        self._tokens += int(tokens.sum())
+        self._skipped += [name for name, has in zip(ids, counted.tolist(), strict=True) if not has]
+
+    def _over_processes(self, value: float) -> float:
+        group = self._watched.group()
+        if group is None or (self.per == "batch_mean" and self._watched.sharded):  # the steps are the same ones
+            return value
+        total = torch.tensor(
+            [value], dtype=torch.float64, device=local(next(iter(self._watched.parameters.values()))).device
+        )
+        dist.all_reduce(total, group=group)
+        return float(total)
+
+    def _add_batch_mean(self, rows: PackedRows, examples: Examples, input_ids: Tensor, *rest: Tensor | None) -> Losses:
+        """Add the square of the gradient of the weighted mean loss, of the model as it is."""
+        watched = self._watched
+        tokens = (rows.target != IGNORE).sum(1)
+        with watched.no_grad_written():
+            loss = log_perplexity(
+                watched.model,
+                input_ids,
+                *rest[:2],
+                position_ids=rest[2],
+                reduction=self.loss,
+                impl=self._impl,
+            )
+            counts = (tokens > 0) & (examples.weights > 0)
+            losses = Losses(loss.detach().masked_fill(tokens == 0, torch.nan), tokens)
+            refuse_nonfinite_losses(losses, examples)
+            if bool(counts.any()):
+                weights = examples.weights[counts].to(loss.dtype)
+                ((loss[counts] * weights).sum() / weights.sum()).backward()
+                self._add_squares(watched.gradients())
+        return losses
+
+    def _observe_step(self) -> Iterator[None]:
+        """One optimizer step of the caller's, whose `.grad` is squared."""
+        watched = self._watched
+        if any(bool(grad.any()) for grad in watched.gradients().values()):
+            raise ValueError(
+                'observe: with per="batch_mean" the block is one optimizer step, but a .grad is there already; call '
+                "optimizer.zero_grad() before it"
+            )
+        yield
+        gradients = watched.gradients()
+        if not gradients:
+            raise ValueError("observe: expected loss.backward() inside the `with` block, got no gradient")
+        bad = [name for name, grad in gradients.items() if not bool(grad.isfinite().all())]
+        if bad:
+            raise NonFiniteError(
+                f"gradient: expected finite gradients, got NaN or infinity in {bad[0]}; skip this step", []
+            )
+        self._add_squares(gradients)
+        self._weight_sum += 1
+        self._examples += 1
+
+    def _add_squares(self, gradients: dict[str, Tensor]) -> None:
+        together = {name: grad for name, grad in gradients.items() if self._sums.tensors[name].device == grad.device}
+        square_accumulate_([self._sums.tensors[name] for name in together], list(together.values()), impl=self._impl)
+        for name in gradients.keys() - together.keys():  # offloaded
+            with self._sums.whole(name) as fisher:
+                square_accumulate_([fisher], [gradients[name]], impl=self._impl)

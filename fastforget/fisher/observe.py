@@ -1,0 +1,190 @@
+"""Riding on the caller's own step: which tokens of each call belong to which example, and what its loss was scaled by."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastforget._head import swapped_forward
+from fastforget.fisher.examples import Examples
+from fastforget.fisher.passes import NonFiniteError, example_weights
+from fastforget.fisher.tape import Tape
+from fastforget.fisher.watched import Watched
+from fastforget.perplexity import IGNORE
+
+__all__ = ["Batch", "Observer"]
+
+
+@dataclass
+class Batch:
+    """One observed call of the model."""
+
+    examples: Examples
+    weights: Tensor  # [B], the caller's
+    tokens: Tensor  # [B] targets
+
+
+@dataclass
+class Observer:
+    """Swaps the model's forward for one that reads its arguments first.
+
+    Args:
+        watched: The model.
+        tape: That is running.
+        labels: The caller's, or None for those of each call.
+        denominator: What the loss was divided by, or None for what transformers divides by.
+        weights: Of the examples.
+        loss: "mean" or "sum".
+        first: Number of the first example.
+    """
+
+    watched: Watched
+    tape: Tape
+    labels: Tensor | None
+    denominator: float | Tensor | None
+    weights: Tensor | Sequence[float] | None
+    loss: str
+    first: int
+
+    def __post_init__(self) -> None:
+        self.batches: list[Batch] = []
+        self.calls = 0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The model's forward is observed inside."""
+        original = self.watched.base.forward
+
+        @functools.wraps(original)  # its signature is read
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled() or self.tape.paused:
+                return original(*args, **kwargs)
+            call = _arguments(original, args, kwargs)
+            batch = self._read(call)
+            self.tape.examples = batch.examples
+            output = original(*args, **kwargs)
+            self.calls += 1
+            loss = getattr(output, "loss", None)
+            if loss is not None and not bool(loss.isfinite()):
+                raise NonFiniteError(
+                    f"loss: expected a finite loss of the observed call, got {float(loss)}; leave such examples out",
+                    batch.examples.ids,
+                )
+            self.batches.append(batch)
+            return output
+
+        with swapped_forward(self.watched.base, forward):
+            yield
+
+    def finished(self) -> list[Batch]:
+        """The calls whose backward ran.
+
+        Raises:
+            ValueError: There are none.
+
+        Returns:
+            Them.
+        """
+        done = [batch for batch in self.batches if batch.examples in self.tape.batches]
+        if not done:
+            what = "no call of the model" if not self.calls else "no backward of an observed call"
+            raise ValueError(
+                f"observe: expected loss.backward() of an observed forward inside the `with` block, got {what}; "
+                "both have to run inside it"
+            )
+        return done
+
+    def _read(self, call: dict[str, Any]) -> Batch:
+        """Owners, targets and scales of one call."""
+        ids = call["input_ids"]
+        labels = self.labels if self.labels is not None else call.get("labels")
+        if labels is None:
+            raise ValueError(
+                "observe: expected labels, got a call of the model without them; pass labels to the model, or "
+                "observe(labels=...): the factor of each example in the loss depends on its number of targets"
+            )
+        if labels.shape != ids.shape:
+            raise ValueError(
+                f"labels: expected shape [B, T] = {tuple(ids.shape)}, got {tuple(labels.shape)}; pass unshifted labels"
+            )
+        config = self.watched.base.config
+        router = call.get("output_router_logits")
+        if getattr(config, "output_router_logits", False) if router is None else router:
+            raise ValueError(
+                "model: output_router_logits=True adds an auxiliary loss that couples the examples of a batch; set it to "
+                "False while observing, or use update()"
+            )
+        owner, count = owners_of(ids, call.get("attention_mask"), call.get("position_ids"), call.get("cu_seq_lens_q"))
+        target = labels[:, 1:] != IGNORE
+        alien = target & (owner[:, 1:] != owner[:, :-1])
+        if bool(alien.any()):
+            row, column = alien.nonzero()[0].tolist()
+            raise ValueError(
+                f"labels: expected -100 at padding and at the first token of each packed example, got a target at row {row}, "
+                f"token {column + 1}: its loss belongs to another example, or to none"
+            )
+        counted = owner[:, 1:][target]
+        tokens = torch.bincount(counted, minlength=count)
+        dtype = next(iter(self.tape.sums.tensors.values())).dtype
+        weights = example_weights(self.weights, count, dtype, ids.device)
+        denominator = self.denominator
+        if denominator is None:
+            denominator = call.get("num_items_in_batch")
+        scale = torch.as_tensor(tokens.sum() if denominator is None else denominator, dtype=dtype, device=ids.device)
+        if not bool(scale.isfinite() & (scale > 0)) and bool(tokens.sum()):
+            raise ValueError(f"loss_denominator: expected a finite number > 0, got {float(scale)}")
+        factor = scale / (tokens.clamp(min=1) if self.loss == "mean" else 1)
+        first = self.first + sum(len(batch.examples.ids) for batch in self.batches)
+        examples = Examples(owner, count, weights * factor**2, list(range(first, first + count)))
+        return Batch(examples, weights, tokens)
+
+
+def owners_of(
+    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, boundaries: Tensor | None
+) -> tuple[Tensor, int]:
+    """The example of every token of a call.
+
+    Args:
+        input_ids: `[R, T]`.
+        attention_mask: `[R, T]` or None.
+        position_ids: `[R, T]` or `[1, T]` or None; 0 starts an example.
+        boundaries: `[B + 1]` cumulative lengths of a packed row, as flash attention takes them, or None.
+
+    Returns:
+        `[R, T]` int64, -1 for padding, and B.
+
+    Raises:
+        ValueError: The mask has more than two dimensions.
+    """
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: expected shape [B, T] = {tuple(input_ids.shape)} while observing, got "
+            f"{tuple(attention_mask.shape)}; tell packed examples apart by position_ids"
+        )
+    attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    starts = attended & (attended.cumsum(1) == 1)
+    if position_ids is not None:
+        starts |= attended & (position_ids == 0)
+    if boundaries is not None:
+        inner = boundaries[:-1].long()
+        starts.view(-1)[inner[inner < starts.numel()]] = True
+    per_row = starts.sum(1).clamp(min=1)  # a row without attended tokens is an example without targets
+    before = per_row.cumsum(0) - per_row
+    owner = before[:, None] + starts.cumsum(1) - 1
+    return owner.masked_fill(~attended, -1), int(per_row.sum())
+
+
+def _arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The call's arguments by name."""
+    bound = inspect.signature(forward).bind(*args, **kwargs).arguments
+    call = {name: value for name, value in bound.items() if name not in ("args", "kwargs")} | bound.get("kwargs", {})
+    if call.get("input_ids") is None:
+        raise ValueError("observe: expected the model to be called with input_ids, got a call without them")
+    return call

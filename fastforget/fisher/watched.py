@@ -1,0 +1,156 @@
+"""What is watched of a model: its trainable parameters, the modules that own them, and its head."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fastforget._head import find_head, swapped_forward, unwrapped
+from fastforget.fisher.names import canonical_name
+from fastforget.fisher.tape import Owner
+
+__all__ = ["Watched", "checkpointed", "local", "uncompiled"]
+
+Filter = str | Sequence[str] | Callable[[str], bool] | None
+
+
+class Watched:
+    """A model's trainable parameters under their canonical names.
+
+    Args:
+        model: A causal language model, wrapped or not.
+        wanted: Patterns, a function of the name, or None for all.
+
+    Raises:
+        ValueError: No parameter is left, or the model is no causal language model.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Filter) -> None:
+        self.model = model
+        self.inner: Any = unwrapped(model)
+        self.base: Any = self.inner.get_base_model() if hasattr(self.inner, "get_base_model") else self.inner
+        self.head = find_head(model)
+        self.owners: list[Owner] = []
+        self.names: dict[tuple[nn.Module, str], str] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.aliases: dict[str, str] = {}
+        first: dict[int, str] = {}
+        for path, module in self.inner.named_modules():
+            own: dict[tuple[str, str], str] = {}
+            for attribute, parameter in module._parameters.items():
+                if parameter is None or not parameter.requires_grad:
+                    continue
+                alias = canonical_name(f"{path}.{attribute}" if path else attribute)
+                name = first.setdefault(id(parameter), alias)
+                if name != alias:
+                    self.aliases[alias] = name
+                self.parameters[name] = parameter
+                own[path, attribute] = self.names[module, attribute] = name
+            if own:
+                self.owners.append(Owner(path, module, own, {path: module}))
+        self.selected = _chosen(list(self.parameters), wanted)
+        self.aliases = {alias: name for alias, name in self.aliases.items() if name in self.selected}
+
+    @property
+    def wanted(self) -> dict[str, nn.Parameter]:
+        """The parameters whose Fisher is estimated, by name."""
+        return {name: parameter for name, parameter in self.parameters.items() if name in self.selected}
+
+    @contextlib.contextmanager
+    def no_grad_written(self) -> Iterator[None]:
+        """The caller's `.grad` put aside, and restored."""
+        saved = {name: parameter.grad for name, parameter in self.parameters.items()}
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.grad = saved[name]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """`.grad` of the wanted parameters that have one; this rank's part under FSDP2."""
+        return {n: local(p.grad) for n, p in self.wanted.items() if p.grad is not None}
+
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes whose sums are added to this one's: DDP's, or the mesh's under FSDP2; None for a single process."""
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return self.model.process_group
+        for parameter in self.parameters.values():
+            if isinstance(parameter, DTensor):
+                return dist.group.WORLD
+        return None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are DTensors."""
+        return any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
+
+
+def _chosen(names: list[str], wanted: Filter) -> frozenset[str]:
+    if wanted is None:
+        chosen = frozenset(names)
+    elif callable(wanted):
+        chosen = frozenset(name for name in names if wanted(name))
+    else:
+        patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+        chosen = frozenset(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+    if chosen:
+        return chosen
+    what = (
+        f"{wanted!r} matches none of {len(names)} names such as {names[0]!r}"
+        if names
+        else "all have requires_grad=False"
+    )
+    raise ValueError(f"parameters: expected at least one trainable parameter, got none: {what}")
+
+
+def local(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor; other tensors as they are.
+
+    Args:
+        tensor: Either.
+
+    Returns:
+        An ordinary tensor.
+    """
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """`torch.compile` steps aside inside: a compiled graph does not see swapped forwards."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if hasattr(module, "_orig_mod"):
+                stack.enter_context(swapped_forward(module, partial(nn.Module.__call__, module._orig_mod)))
+            if getattr(module, "_compiled_call_impl", None) is not None:
+                compiled, module._compiled_call_impl = module._compiled_call_impl, None
+                stack.callback(setattr, module, "_compiled_call_impl", compiled)
+        yield
+
+
+@contextlib.contextmanager
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing, where it is switched on, also in eval mode, in which transformers leaves it out."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                stack.enter_context(swapped_forward(module, _checkpointing(module.forward)))
+        yield
+
+
+def _checkpointing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run

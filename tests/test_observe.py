@@ -1,0 +1,329 @@
+"""Riding on the caller's own step: what is refused, and what may happen inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from architectures.families import build
+from architectures.layouts import packed, padded, some_examples
+from fisher_oracle import assert_exact, batch_1_fisher, float64_throughout
+from torch import Tensor, nn
+
+import fastforget as ff
+from fastforget.fisher.passes import NonFiniteError
+
+IGNORE = -100
+
+
+@pytest.fixture(autouse=True)
+def only_float64() -> Iterator[None]:
+    with float64_throughout():
+        yield
+
+
+@pytest.fixture
+def model() -> Any:
+    return build("Llama, tied", torch.float64).eval()
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[Tensor]:
+    return some_examples(lengths=(15, 12, 4, 9))
+
+
+def with_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)}
+
+
+@pytest.fixture
+def batch(examples: list[Tensor]) -> dict[str, Tensor]:
+    return with_labels(padded(examples, "right"))
+
+
+def step(model: Any, batch: dict[str, Tensor]) -> None:
+    model(**batch).loss.backward()
+
+
+def bits(fisher: ff.DiagonalFisher) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in fisher.state_dict().items()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def left_padded(batch: dict[str, Tensor], examples: list[Tensor]) -> dict[str, Tensor]:
+    return with_labels(padded(examples, "left"))  # the first token's loss would be that of padding
+
+
+def packed_whole(batch: dict[str, Tensor], examples: list[Tensor]) -> dict[str, Tensor]:
+    found = packed(examples)
+    return found | {"labels": found["input_ids"]}
+
+
+def at_padding(batch: dict[str, Tensor], examples: list[Tensor]) -> dict[str, Tensor]:
+    return batch | {"labels": batch["input_ids"]}
+
+
+def mask_4d(batch: dict[str, Tensor], examples: list[Tensor]) -> dict[str, Tensor]:
+    width = batch["input_ids"].shape[1]
+    return batch | {"attention_mask": torch.ones(4, 1, width, width, dtype=torch.bool).tril()}
+
+
+def unlabelled(batch: dict[str, Tensor], examples: list[Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def embedded(batch: dict[str, Tensor], examples: list[Tensor]) -> dict[str, Tensor]:
+    zeros = torch.zeros(*batch["input_ids"].shape, 32, dtype=torch.float64)
+    return {"inputs_embeds": zeros, "labels": batch["labels"]}
+
+
+def as_it_is(batch: dict[str, Tensor], examples: list[Tensor]) -> dict[str, Tensor]:
+    return batch
+
+
+BAD_CALLS = [
+    (left_padded, {}, r"labels: expected -100 at padding and at the first token of .*got a target at row 1, token 3"),
+    (packed_whole, {}, r"labels: expected -100 at padding and at the first token of .*got a target at row 0, token 15"),
+    (
+        at_padding,
+        {},
+        r"labels: expected -100 at padding .*got a target at row 1, token 12: its loss belongs to another",
+    ),
+    (mask_4d, {}, r"attention_mask: expected shape \[B, T\] = \(4, 15\) .*got \(4, 1, 15, 15\); .*by position_ids"),
+    (unlabelled, {}, r"observe: expected labels, got a call of the model without them; pass labels to the model"),
+    (embedded, {}, r"observe: expected the model to be called with input_ids, got a call without them"),
+    (
+        as_it_is,
+        {"labels": torch.ones(4, 14, dtype=torch.int64)},
+        r"labels: expected .* = \(4, 15\), got \(4, 14\); pass",
+    ),
+    (as_it_is, {"labels": [[1, 2]]}, r"labels: expected a tensor, got list"),
+    (as_it_is, {"loss_denominator": 0}, r"loss_denominator: expected a finite number > 0, got 0"),
+    (as_it_is, {"loss_denominator": -8.5}, r"loss_denominator: expected a finite number > 0, got -8\.5"),
+    (
+        as_it_is,
+        {"loss_denominator": torch.tensor(torch.nan)},
+        r"loss_denominator: expected a finite number > 0, got nan",
+    ),
+    (
+        as_it_is,
+        {"weights": [1.0, 2.0]},
+        r"weights: expected shape \[B\] = \(4,\), got \(2,\); pass one for every example",
+    ),
+    (as_it_is, {"weights": [1.0, 2.0, -1.0, 0.0]}, r"weights: expected finite numbers >= 0, got others"),
+]
+
+
+@pytest.mark.parametrize(("change", "options", "message"), BAD_CALLS)
+def test_bad_calls(
+    change: Callable[..., Any], options: Any, message: str, model: Any, batch: dict[str, Tensor], examples: list[Tensor]
+):
+    fisher = ff.DiagonalFisher(model)
+    with pytest.raises((ValueError, TypeError), match=message), fisher.observe(**options):
+        step(model, change(batch, examples))
+    assert not any(bool(value.any()) for value in fisher.state_dict().values())
+    with fisher.observe():
+        step(model, batch)
+    assert_exact(fisher.diagonal(), batch_1_fisher(model, examples), torch.float64)
+
+
+@pytest.mark.parametrize("options", [{"weights": [1, 2, 3, 4]}, {"loss_denominator": 3}, {"labels": torch.ones(1, 1)}])
+def test_what_a_step_has_no_use_for_is_refused(options: Any, model: Any, batch: dict[str, Tensor]):
+    """The square of the caller's gradient has neither examples nor a scale that could be undone."""
+    fisher = ff.DiagonalFisher(model, per="batch_mean")
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=rf'{name}: .*per="batch_mean"'), fisher.observe(**options):
+        step(model, batch)
+
+
+def test_blocks_without_a_step(model: Any, batch: dict[str, Tensor]):
+    fisher = ff.DiagonalFisher(model)
+    nothing_inside = r"observe: expected loss.backward\(\) of an observed forward inside the `with` block, got "
+    with pytest.raises(ValueError, match=nothing_inside + "no call of the model"), fisher.observe():
+        pass
+    with pytest.raises(ValueError, match=nothing_inside + "no call of the model"), fisher.observe(), torch.no_grad():
+        model(**batch)
+    with pytest.raises(ValueError, match=nothing_inside + "no backward"), fisher.observe():
+        loss = model(**batch).loss
+    with pytest.raises(ValueError, match=r"observe: a backward ran after its `with` block had ended"):
+        loss.backward()
+    before = model(**batch).loss
+    with pytest.raises(ValueError, match=nothing_inside + "no call of the model"), fisher.observe():
+        before.backward()
+    sampled = ff.DiagonalFisher(model, labels="sampled")
+    message = r'observe: expected labels="data", got "sampled".*use update\(\)'
+    with pytest.raises(ValueError, match=message), sampled.observe():
+        step(model, batch)
+    assert not any(bool(value.any()) for value in fisher.state_dict().values())
+    step_only = ff.DiagonalFisher(model, per="batch_mean")
+    model.zero_grad()
+    message = r"observe: expected loss.backward\(\) inside the `with` block, got no gradient"
+    with pytest.raises(ValueError, match=message), step_only.observe():
+        pass
+
+
+def test_one_estimator_at_a_time(model: Any, batch: dict[str, Tensor], examples: list[Tensor]):
+    fisher, other = ff.DiagonalFisher(model), ff.DiagonalFisher(model, per="batch_mean")
+    unlabelled_batch = {name: value for name, value in batch.items() if name != "labels"}
+    with fisher.observe():
+        loss = model(**batch).loss
+        for way in (lambda: fisher.update(**unlabelled_batch), lambda: other.update(**unlabelled_batch)):
+            with pytest.raises(
+                ValueError, match=r"fisher: an estimator is active on this model already; leave its `with"
+            ):
+                way()
+        for one in (fisher, other):
+            with pytest.raises(ValueError, match=r"fisher: an estimator is active on this model"), one.observe():
+                pass
+        loss.backward()
+    assert_exact(fisher.diagonal(), batch_1_fisher(model, examples), torch.float64)
+    other.update(**unlabelled_batch)
+
+
+def test_parameters_that_change_before_the_backward(model: Any, batch: dict[str, Tensor]):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step(model, batch)
+    fisher = ff.DiagonalFisher(model)
+    with fisher.observe():
+        loss = model(**batch).loss
+        optimizer.step()
+        with pytest.raises(
+            ValueError, match=r"model: .* was changed between the forward and the backward; step the opt"
+        ):
+            loss.backward()
+        step(model, batch)
+
+
+def test_a_module_that_draws_random_numbers(batch: dict[str, Tensor]):
+    """It cannot be computed again example by example; in eval mode it can."""
+
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.dropout = nn.Parameter(torch.ones(3, 32, dtype=torch.float64)), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.einsum("bth,kh->bth", self.dropout(x), self.weight)
+
+    model = build("Llama", torch.float64).train()
+    model.model.norm = nn.Sequential(model.model.norm, Dropping())
+    fisher = ff.DiagonalFisher(model)
+    with pytest.warns(UserWarning, match="exact, but slow, .*Dropping"):
+        fisher.update(batch["input_ids"])
+    message = r"model: model.norm.1 \(Dropping\) draws random .*turn its dropout off, or use update\(\)"
+    with pytest.raises(ValueError, match=message), fisher.observe():
+        step(model, batch)
+    model.eval()
+    model.zero_grad()
+    with fisher.observe():
+        step(model, batch)
+
+
+def test_batch_statistics_in_training_mode_are_refused(batch: dict[str, Tensor]):
+    class Columns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(32, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+    model = build("Llama", torch.float64).train()
+    model.model.norm = nn.Sequential(model.model.norm, Columns())
+    fisher = ff.DiagonalFisher(model)
+    with pytest.warns(UserWarning, match="exact, but slow, .*norm.1.norm"):
+        fisher.update(batch["input_ids"])
+    before = [value.clone() for value in model.state_dict().values()]
+    with pytest.raises(ValueError, match=r"model.*norm\.1\.norm"), fisher.observe():
+        step(model, batch)
+    model.model.norm[1].norm.num_batches_tracked.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before, strict=True))
+
+
+@pytest.mark.parametrize("per", ["example", "batch_mean"])
+def test_what_is_not_finite(per: str, model: Any, batch: dict[str, Tensor]):
+    fisher = ff.DiagonalFisher(model, per=per)
+    with fisher.observe():
+        step(model, batch)
+    before = bits(fisher)
+    kept = model.model.norm.weight[3].item()
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.inf
+    model.zero_grad()
+    message = r"expected (a finite loss of the observed call|finite gradients), got"
+    with pytest.raises(NonFiniteError, match=message), fisher.observe():
+        step(model, batch)
+    assert same(bits(fisher), before)
+    with torch.no_grad():
+        model.model.norm.weight[3] = kept
+    model.zero_grad()
+    with fisher.observe():
+        step(model, batch)
+    if per == "example":
+        spoil = lambda grad: grad * torch.where(torch.arange(4) == 2, torch.inf, 1.0)[:, None, None]  # noqa: E731
+        handle = model.model.norm.register_forward_hook(lambda m, args, output: output.register_hook(spoil) and None)
+        with pytest.raises(NonFiniteError, match=r"gradient: .*for example 10; .*invalid now"), fisher.observe():
+            step(model, batch)
+        handle.remove()
+        with pytest.raises(ValueError, match="the estimate is invalid"), fisher.observe():
+            pass
+
+
+# What is allowed inside -----------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_inside(model: Any, batch: dict[str, Tensor], examples: list[Tensor]):
+    """Calls without gradients are the caller's own business, whatever their shape; rules stay as they were chosen."""
+    fisher = ff.DiagonalFisher(model)
+    with fisher.observe():
+        loss = model(**batch).loss
+        tiers = [owner.tier for owner in fisher._watched.owners]
+        with torch.no_grad():
+            model(input_ids=batch["input_ids"][:3, :5])
+            model.model(input_ids=batch["input_ids"][:2, :5])
+            model.generate(batch["input_ids"][:1, :4], max_new_tokens=2, do_sample=False)
+        loss.backward()
+    assert [owner.tier for owner in fisher._watched.owners] == tiers
+    assert_exact(fisher.diagonal(), batch_1_fisher(model, examples), torch.float64)
+
+
+@pytest.mark.parametrize("loss", ["mean", "sum"])
+def test_packed_rows_weights_and_several_calls_before_the_backward(loss: str, model: Any, examples: list[Tensor]):
+    rows, weights = packed(examples), [0.5, 0.0, 2.0, 1.0]
+    labels = rows["input_ids"].masked_fill(rows["position_ids"] == 0, IGNORE)
+    fisher = ff.DiagonalFisher(model, loss=loss)
+    with fisher.observe(weights=weights, loss_denominator=2 * int((labels != IGNORE).sum())):
+        together = [model(**rows, labels=labels, use_cache=False).loss / 2 for _ in range(2)]
+        (together[0] + together[1]).backward()
+    assert_exact(fisher.diagonal(), batch_1_fisher(model, examples, None, weights, loss), torch.float64)
+    assert fisher.metadata["examples"] == 8
+
+
+def test_the_square_of_a_step(model: Any, batch: dict[str, Tensor]):
+    """Micro-batches add up to one step, once a block; an old gradient has to be gone."""
+    fisher = ff.DiagonalFisher(model, per="batch_mean")
+    squares = []
+    for count in (1, 2):
+        model.zero_grad()
+        with fisher.observe():
+            for _ in range(count):
+                step(model, batch)
+        squares.append({name: p.grad.square() for name, p in model.named_parameters()})
+    expected = {name: (squares[0][name] + squares[1][name]) / 2 for name in squares[0]}
+    assert_exact(fisher.diagonal(), expected, torch.float64)
+    before = bits(fisher)
+    message = r'observe: with per="batch_mean" .*call optimizer.zero_grad\(\) before it'
+    with pytest.raises(ValueError, match=message), fisher.observe():
+        step(model, batch)
+    assert same(bits(fisher), before)
+    model.zero_grad(set_to_none=False)
+    with fisher.observe():
+        step(model, batch)
