@@ -231,6 +231,7 @@ OPERATIONS = (
             "sampled, one class": _head(5, 7, 1, sample_seed=4),
             "sampled, all ignored": _head(9, 33, 65, sample_seed=5, change=_all_ignored),
             "sampled, large logits": _head(60, 64, 300, size=10.0, sample_seed=6),
+            "sampled, ties": _head(70, 8, 900, scale=2.0, sample_seed=8, change=_integer_ties),
             "sampled, banned classes": _head(60, 20, 1500, bias=True, sample_seed=7, change=_banned_classes),
         },
         _run_linear_cross_entropy,

@@ -283,7 +283,7 @@ class Exploding(torch.autograd.Function):
         return grad
 
 
-@pytest.mark.parametrize("parameters", [None, "*layers.1.mlp.*", "*embed*"])
+@pytest.mark.parametrize("parameters", [None, "*layers.1.mlp.*", "*layernorm*", "*embed*"])
 @pytest.mark.parametrize("per", ["example", "position", "batch_mean"])
 def test_a_gradient_that_is_not_finite(
     per: str, parameters: str | None, batch: dict[str, Tensor], tmp_path: Any, monkeypatch: pytest.MonkeyPatch

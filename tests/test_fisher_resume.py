@@ -144,7 +144,9 @@ def test_running_out_of_memory_halves_the_batch(world, tmp_path, monkeypatch, sa
 
     with monkeypatch.context() as patch:
         patch.setattr(DiagonalFisher, "update", update)
-        with pytest.warns(RuntimeWarning, match="out of memory on cpu with 600 tokens per batch; the run goes on with 300"):
+        with pytest.warns(
+            RuntimeWarning, match="out of memory on cpu with 600 tokens per batch; the run goes on with 300"
+        ):
             fisher = run(world, tmp_path / "f.safetensors", save_every=save_every)
     assert max(seen[plenty:]) <= cells
     assert fisher.metadata["examples"] == 60

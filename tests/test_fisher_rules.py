@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -245,16 +246,14 @@ def test_rules_are_chosen_whatever_the_first_tokens(examples: list[Tensor]):
 
 def test_parameters_by_patterns_and_by_function(examples: list[Tensor]):
     model = build("Llama, tied", torch.float64).eval()
-    batch, found = padded(examples, "right"), []
-    for wanted in (["*.mlp.*", "model.embed*"], lambda name: ".mlp." in name or "embed" in name):
+    found = []
+    for wanted in (None, ["*.mlp.*", "model.embed*"], lambda name: ".mlp." in name or "embed" in name):
         fisher = ff.DiagonalFisher(model, parameters=wanted)
-        fisher.update(**batch)
+        fisher.update(**padded(examples, "right"))
         found.append(fisher.diagonal())
-    whole = ff.DiagonalFisher(model)
-    whole.update(**batch)
-    expected = {name: value for name, value in whole.diagonal().items() if ".mlp." in name or "embed" in name}
+    expected = {name: value for name, value in found[0].items() if ".mlp." in name or "embed" in name}
     assert len(expected) == 7
-    for one in found:
+    for one in found[1:]:
         assert one.keys() == expected.keys()
         assert all(torch.equal(value, expected[name]) for name, value in one.items())
 
@@ -360,13 +359,9 @@ def test_a_path_that_changes_from_batch_to_batch(change: str, way: str, examples
 
 
 def test_the_same_bits_with_offload_and_in_another_run(examples: list[Tensor]):
-    found = []
+    model, found = llama_with(Twice(nn.Linear(H, H)), tie_word_embeddings=True), []
     for offload in (False, True, False):
-        model = llama_with(Twice(nn.Linear(H, H)), tie_word_embeddings=True)
-        if not found:
-            weights = model.state_dict()
-        model.load_state_dict(weights)
-        fisher = ff.DiagonalFisher(model, offload=offload)
+        fisher = ff.DiagonalFisher(copy.deepcopy(model), offload=offload)
         for batch in (padded(examples, "left"), packed(examples)):
             fisher.update(**batch)
         found.append(fisher.diagonal())
@@ -408,5 +403,4 @@ def test_memory_does_not_grow_with_the_number_of_examples(family: str):
     fisher.update(ids.view(3, 32))
     few, many = (allocations(lambda b=b: fisher.update(ids.view(b, -1))) for b in (3, 48))
     assert many[0] <= max(few[0], 2 * largest_weight)
-    assert many[1] <= 1.1 * few[1] + 2 * largest_weight
-    assert many[1] < 48 * largest_weight / 2
+    assert many[1] <= min(1.1 * few[1] + 2 * largest_weight, 48 * largest_weight / 2)

@@ -189,7 +189,8 @@ def test_float32_is_full_precision(impl: str):
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(
-    "case", ["bias, softcap and scale", "ties", "banned classes", "strided", "plain", "sampled", "sampled, everything"]
+    "case",
+    ["bias, softcap and scale", "ties", "banned classes", "strided", "plain", "sampled, everything", "sampled, ties"],
 )
 @pytest.mark.parametrize("impl", ["torch", INTERPRETER])
 def test_many_blocks_equal_the_oracle(impl: str, case: str, monkeypatch: pytest.MonkeyPatch):

@@ -86,9 +86,10 @@ def test_bits_and_arrival_times_of_the_kernel():
     got, times = torch.empty(8, 8192, dtype=torch.int64), torch.empty(8, 8192)
     kernel[(1,)](got, times, keys, 8192, kernels.random_bits, kernels.arrival_times)
     assert torch.equal(got, bits(5, torch.tensor(IDS), 8192))
-    exact = -torch.log1p(-(got.double() + 0.5) / 2**32) * math.exp(0.5)
+    exact = -torch.log1p(-(got.double() + 0.5) / 2**32)
+    allowed = 3e-7 * exact + 2**-24 * exact.expm1()  # late arrivals, which do not win, are coarse
     for approximate in (times, arrival_times(torch.full((8, 8192), math.exp(-0.5)), keys, 0)):
-        assert ((approximate.double() - exact).abs() / exact).max() < 6e-7
+        assert ((approximate.double() * math.exp(-0.5) - exact).abs() < allowed).all()
     assert got.min() < 2**20  # the smallest arrival times, where log(1 - u) would lose every bit, are among them
 
 
@@ -157,7 +158,7 @@ def test_frequencies_are_the_softmax():
 @pytest.mark.skipif(bool(interpreter_problem()), reason=interpreter_problem())
 def test_frequencies_of_the_kernel_are_the_softmax():
     x, w, _ = head(1, 16, 150, seed=4)
-    rows = 4096
+    rows = 2048
     labels = draw(x.expand(rows, 16), w, torch.zeros(rows, dtype=torch.int64), impl="triton", scale=0.25)
     probabilities = (x @ w.T * 0.25)[0].softmax(0)
     groups = torch.arange(150) // 10
@@ -178,13 +179,13 @@ def test_a_rare_class_is_drawn_as_often_as_it_should():
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_labels_are_those_of_the_oracle(impl: str):
-    x, w, t = head(300, 24, 1500, seed=5)
-    ids = torch.randperm(300) * 7 - 1000
+    x, w, t = head(150, 24, 700, seed=5)
+    ids = torch.randperm(150) * 7 - 1000
     options = {"linear_bias": w[:, 0].clone(), "softcap": 8.0, "scale": 0.7, "row_ids": ids}
     for seed in (0, -3):
         expected = reference.linear_cross_entropy(x.double(), w.double(), t, sample_seed=seed, **upcast(options))[3]
         assert torch.equal(draw(x, w, t, impl, seed, **options), expected)
-    assert len(expected.unique()) > 150
+    assert len(expected.unique()) > 70
 
 
 def upcast(options: dict) -> dict:
@@ -195,7 +196,7 @@ def upcast(options: dict) -> dict:
 def test_nothing_but_seed_row_and_logits_matters(impl: str, monkeypatch: pytest.MonkeyPatch):
     from fastforget_kernels import linear_cross_entropy as kernels
 
-    x, w, t = head(90, 16, 700, seed=6)
+    x, w, t = head(90, 16, 300, seed=6)
     expected = draw(x, w, t, impl)
     assert len(expected.unique()) > 30
     assert torch.equal(draw(x, w, torch.full_like(t, 10**6), impl), expected)  # the labels given are not looked at
@@ -203,7 +204,7 @@ def test_nothing_but_seed_row_and_logits_matters(impl: str, monkeypatch: pytest.
     assert torch.equal(draw(x[order], w, t, impl, row_ids=order), expected[order])
     parts = [draw(x[r], w, t[r], impl, row_ids=ids[r]) for r in (slice(0, 1), slice(1, 50), slice(50, 90))]
     assert torch.equal(torch.cat(parts), expected)
-    for rows, columns, most_rows, most_splits in ((16, 24, 32, 64), (7, 699, 64, 1), (90, 1, 16384, 2)):
+    for rows, columns, most_rows, most_splits in ((16, 24, 32, 64), (7, 299, 64, 1), (90, 1, 16384, 2)):
         monkeypatch.setattr(torch_path, "ROWS", rows)
         monkeypatch.setattr(torch_path, "COLUMNS", columns)
         monkeypatch.setattr(kernels, "MAX_ROWS", most_rows)
@@ -213,14 +214,14 @@ def test_nothing_but_seed_row_and_logits_matters(impl: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_other_seeds_and_rows_draw_other_labels(impl: str):
-    x, w, t = head(1, 16, 700, seed=6)
-    x, t, ids = x.expand(200, 16) * 0.3, t.expand(200), torch.arange(200)
+    x, w, t = head(1, 16, 300, seed=6)
+    x, t, ids = x.expand(128, 16) * 0.3, t.expand(128), torch.arange(128)
     drawn = [draw(x, w, t, impl, seed) for seed in (0, 1, 2**32, -1)]
-    drawn.append(draw(x, w, t, impl, 0, row_ids=ids + 200))
+    drawn.append(draw(x, w, t, impl, 0, row_ids=ids + 128))
     drawn.append(draw(x, w, t, impl, 0, row_ids=ids + 2**32))
     for a, b in itertools.combinations(drawn, 2):
         assert (a == b).float().mean() < 0.1
-    assert len(drawn[0].unique()) > 100
+    assert len(drawn[0].unique()) > 60
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -229,7 +230,7 @@ def test_sampled_labels_act_as_if_they_had_been_given(impl: str):
     t[::7] = -100
     x, w = x.requires_grad_(), w.requires_grad_()
     bias = torch.linspace(-1, 1, 400).requires_grad_()
-    options = {"linear_bias": bias, "softcap": 5.0, "scale": 0.8, "impl": impl}
+    options = {"linear_bias": bias, "softcap": 20.0, "scale": 1.5, "impl": impl}
     sampled = ops.linear_cross_entropy(x, w, t, sample_seed=3, **options)
     given = ops.linear_cross_entropy(x, w, sampled.targets, **options)
     assert not sampled.targets.requires_grad
@@ -270,7 +271,7 @@ def test_ignored_rows(impl: str):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_banned_classes_are_never_drawn(impl: str):
-    x, w, t = head(500, 6, 600, seed=9)
+    x, w, t = head(256, 6, 600, seed=9)
     bias = torch.zeros(600)
     allowed = torch.arange(600) % 50 == 49
     bias[~allowed] = -torch.inf
@@ -289,9 +290,9 @@ def test_far_apart_logits_draw_the_largest(impl: str):
         assert (draw(x, w, torch.zeros(30, dtype=torch.int64), impl) == label).all()
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, from the interpreter
+@pytest.mark.filterwarnings("ignore:(invalid value|All-NaN|divide by zero):RuntimeWarning")  # NumPy's, interpreting
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_rows_without_a_softmax(impl: str):
+def test_rows_without_a_softmax(impl: str, monkeypatch: pytest.MonkeyPatch):
     x, w, t = head(8, 5, 300, seed=10)
     x[1, 2], x[3, 0] = torch.nan, torch.inf
     result = ops.linear_cross_entropy(x, w, t, sample_seed=1, impl=impl)
@@ -300,11 +301,25 @@ def test_rows_without_a_softmax(impl: str):
     assert (result.targets[bad] == 0).all()
     assert torch.equal(result.targets[~bad], draw(head(8, 5, 300, seed=10)[0], w, t, impl)[~bad])
     assert not result.hit[bad].any()
-    result = ops.linear_cross_entropy(
-        x[:1], w, t[:1], linear_bias=torch.full((300,), -torch.inf), sample_seed=1, impl=impl
-    )
-    assert result.loss.isnan().all()
-    assert (result.targets == 0).all()
+    monkeypatch.setattr(torch_path, "COLUMNS", 64)
+    x, last = head(8, 5, 300, seed=10)[0], torch.zeros(300)
+    last[299] = torch.nan  # after all others have drawn
+    for bias in (last, torch.full((300,), -torch.inf)):
+        result = ops.linear_cross_entropy(x, w, t, linear_bias=bias, sample_seed=1, impl=impl)
+        assert result.loss.isnan().all()
+        assert (result.targets == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("hidden", [256, 100])
+def test_labels_on_a_gpu_are_those_of_the_cpu(dtype: torch.dtype, hidden: int):
+    x, w, t = head(2000, hidden, 32_003, dtype=dtype, seed=11)
+    x, ids = x * 0.2, torch.randperm(2000) + 2**35
+    expected = draw(x, w, t, row_ids=ids)
+    got = draw(x.cuda(), w.cuda(), t.cuda(), "triton", row_ids=ids.cuda()).cpu()
+    assert (got != expected).sum() <= 2  # logits that tie within rounding
+    assert len(expected.unique()) > 1000
 
 
 def test_compiles_as_one_graph():

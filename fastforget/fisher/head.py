@@ -23,7 +23,7 @@ from fastforget.fisher.gradients import HeadRows, segment_sums
 from fastforget.fisher.tape import Tape
 from fastforget.fisher.watched import Watched
 from fastforget.ops import fisher_accumulate_, linear_cross_entropy
-from fastforget.ops._logit_gradient import logit_gradient_blocks
+from fastforget.ops._logit_gradient import ExponentialBlocks, logit_gradient_blocks
 
 __all__ = ["FusedHead"]
 
@@ -104,32 +104,37 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: _Pass) -> Tensor:
         fused = run.fused
-        options: dict[str, Any] = {} if run.seed is None else {"sample_seed": run.seed, "row_ids": run.row_ids}
-        result = linear_cross_entropy(
-            x,
-            weight,
-            run.labels,
-            linear_bias=bias,
-            softcap=fused.transform.softcap,
-            scale=fused.transform.scale,
-            impl=fused.impl,
-            **options,
-        )
-        labels = run.labels if run.seed is None else result.targets
-        ctx.save_for_backward(x, weight, bias, labels, result.lse)
-        ctx.run = run
-        return result.loss
+        softcap, scale = fused.transform.softcap, fused.transform.scale
+        labels, ctx.run, ctx.kept = run.labels, run, None
+        if run.seed is None and ExponentialBlocks.fit(x, weight, softcap, fused.impl):
+            with torch.autocast(x.device.type, enabled=False):
+                ctx.kept = ExponentialBlocks(x, weight, bias, labels, scale)
+            loss, lse = ctx.kept.loss, ctx.kept.lse
+        else:
+            options: dict[str, Any] = {} if run.seed is None else {"sample_seed": run.seed, "row_ids": run.row_ids}
+            options |= {"linear_bias": bias, "softcap": softcap, "scale": scale, "impl": fused.impl}
+            result = linear_cross_entropy(x, weight, labels, **options)
+            loss, lse, labels = result.loss, result.lse, result.targets
+        ctx.save_for_backward(x, weight, bias, labels, lse)
+        return loss
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Any:  # type: ignore[override]
         x, weight, bias, labels, lse = ctx.saved_tensors
         run: _Pass = ctx.run
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return _backward(run, x, weight, bias, labels, lse, grad), None, None, None
+            return _backward(run, ctx.kept, x, weight, bias, labels, lse, grad), None, None, None
 
 
 def _backward(
-    run: _Pass, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor, grad: Tensor
+    run: _Pass,
+    kept: ExponentialBlocks | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    lse: Tensor,
+    grad: Tensor,
 ) -> Tensor:
     fused, examples = run.fused, run.examples
     tape, transform = fused.tape, fused.transform
@@ -151,9 +156,13 @@ def _backward(
             for module_a, module_b, scaling in active_adapters(fused.head)
         ]
         grad_input = torch.zeros_like(x, dtype=examples.weights.dtype)
-        blocks = logit_gradient_blocks(
-            x, weight, bias, labels, lse, grad, transform.softcap or 0.0, transform.scale, fused.impl, grad_input
-        )
+        if kept is not None:
+            blocks = kept.gradients(weight, grad, grad_input)
+        else:
+            softcap = transform.softcap or 0.0
+            blocks = logit_gradient_blocks(
+                x, weight, bias, labels, lse, grad, softcap, transform.scale, fused.impl, grad_input
+            )
         for columns, dz in blocks:
             if fisher is not None:
                 fisher_accumulate_(fisher[columns], x, dz, offsets, **options)

@@ -28,7 +28,11 @@ def canonical_name(name: str) -> str:
     Returns:
         The canonical name; a canonical name comes back as it is.
     """
-    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    split = name.split(".")
+    # Of two adapters on one module's parameters the inner one lies under `base_layer`: there it tells them apart.
+    parts = [
+        p for p, after in zip(split, [*split[1:], ""], strict=True) if p not in WRAPPERS or after.startswith("lora_")
+    ]
     while "modules_to_save" in parts[:-1]:
         place = parts.index("modules_to_save")
         del parts[place : place + 2]  # with the adapter's name

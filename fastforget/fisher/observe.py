@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastforget._head import swapped_forward
 from fastforget.fisher.examples import Examples
@@ -74,9 +74,11 @@ class Observer:
             loss = getattr(output, "loss", None)
             if loss is not None and not bool(loss.isfinite()):
                 raise NonFiniteError(
-                    f"loss: expected a finite loss of the observed call, got {float(loss)}; leave such examples out",
+                    f"loss: expected a finite loss of the observed call, got {float(loss.detach())}; leave such examples out",
                     batch.examples.ids,
                 )
+            if len(self.batches) == 0:
+                self._check_loss(call, output)
             self.batches.append(batch)
             return output
 
@@ -100,6 +102,26 @@ class Observer:
                 "both have to run inside it"
             )
         return done
+
+    def _check_loss(self, call: dict[str, Any], output: Any) -> None:
+        """The model's own loss, where it computes one, has to be the mean over the shifted targets."""
+        labels, loss, logits = call.get("labels"), getattr(output, "loss", None), getattr(output, "logits", None)
+        if labels is None or loss is None or logits is None or logits.shape[:2] != labels.shape:
+            return
+        target = labels[:, 1:].to(logits.device)
+        kept = target != IGNORE
+        with torch.no_grad():
+            total = sum(
+                float(nn.functional.cross_entropy(part.float(), label, reduction="sum"))
+                for part, label in zip(logits[:, :-1][kept].split(1024), target[kept].split(1024), strict=True)
+            )
+        expected = total / float(call.get("num_items_in_batch") or kept.sum().clamp(min=1))
+        value = float(loss.detach())
+        if abs(value - expected) > 0.02 * abs(expected) + 1e-3:
+            raise ValueError(
+                f"model: its loss is {value:.4g}, but the mean negative log-likelihood of the shifted labels is "
+                f"{expected:.4g}; observe() cannot undo another loss. Compute the loss from the logits, or use update()"
+            )
 
     def _read(self, call: dict[str, Any]) -> Batch:
         """Owners, targets and scales of one call."""

@@ -53,8 +53,20 @@ class Owner:
     tier: str = "module"
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters as they are now, by name: under FSDP2 they are whole only inside the forward."""
-        return {name: self.holders[path]._parameters[attribute] for (path, attribute), name in self.parameters.items()}  # type: ignore[misc]
+        """The parameters as they are now, by name: under FSDP2 they are whole only inside the forward.
+
+        Returns:
+            Them.
+
+        Raises:
+            NoRule: One has gone: it is parametrised while the forward runs.
+        """
+        found = {
+            name: self.holders[path]._parameters.get(attribute) for (path, attribute), name in self.parameters.items()
+        }
+        if any(parameter is None for parameter in found.values()):
+            raise NoRule(self.path)
+        return found  # type: ignore[return-value]
 
     @contextlib.contextmanager
     def replaced(self, tensors: dict[str, Tensor]) -> Iterator[None]:
@@ -125,8 +137,23 @@ class Tape:
             while True:
                 try:
                     return forward_by_tier(self, owner, original, args, kwargs)
-                except (NoRule, LayoutError):
-                    self.next_tier(owner)
+                except (NoRule, LayoutError) as error:
+                    if owner.tier != TIERS[-1]:
+                        owner.tier = TIERS[TIERS.index(owner.tier) + 1]
+                    elif self.failures is None:
+                        raise ValueError(
+                            f"model: {owner.path} was not told apart by example as when it was checked"
+                        ) from error
+                    else:
+                        self.failures[owner.path] = error
+                        return original(*args, **kwargs)
+                except Exception as error:
+                    if self.failures is None or owner.tier in ("module", "uses"):
+                        raise
+                    raise ValueError(
+                        f"model: {owner.path} ({type(owner.module).__name__}) does not run with other tensors in place of "
+                        f"{next(iter(owner.parameters.values()))}: {error}; exclude it by parameters="
+                    ) from error
 
         return forward
 
@@ -135,20 +162,6 @@ class Tape:
         if not self.detach:
             return contextlib.nullcontext()
         return owner.replaced({name: parameter.detach() for name, parameter in owner.tensors().items()})
-
-    def next_tier(self, owner: Owner) -> None:
-        """The tier after this one.
-
-        Args:
-            owner: Whose rule did not do.
-
-        Raises:
-            NoRule: There is none.
-        """
-        position = TIERS.index(owner.tier) + 1
-        if position == len(TIERS):
-            raise NoRule(owner.path)
-        owner.tier = TIERS[position]
 
     def guarded(self, owner: Owner, rule: Callable[[], Mapping[str, Piece]]) -> Mapping[str, Piece]:
         """What a rule gives. While rules are chosen, one that fails is noted, and the module's next tier is tried."""

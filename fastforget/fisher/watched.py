@@ -49,7 +49,10 @@ class Watched:
             for attribute, parameter in module._parameters.items():
                 if parameter is None or not parameter.requires_grad:
                     continue
-                alias = canonical_name(f"{path}.{attribute}" if path else attribute)
+                whole = f"{path}.{attribute}" if path else attribute
+                alias = canonical_name(whole)
+                if alias in self.parameters and self.parameters[alias] is not parameter:
+                    alias = whole  # two wrappers' parameters, which nothing but the wrappers' own names tells apart
                 name = first.setdefault(id(parameter), alias)
                 if name != alias:
                     self.aliases[alias] = name
@@ -57,8 +60,17 @@ class Watched:
                 own[path, attribute] = self.names[module, attribute] = name
             if own:
                 self.owners.append(Owner(path, module, own, {path: module}))
+        self._leave_to_children()
         self.selected = _chosen(list(self.parameters), wanted)
         self.aliases = {alias: name for alias, name in self.aliases.items() if name in self.selected}
+
+    def _leave_to_children(self) -> None:
+        """A parameter that a module shares with one inside it, as BERT's head its bias, is the inner one's."""
+        for owner in self.owners:
+            inside = [o for o in self.owners if o.path.startswith(f"{owner.path}.") or (not owner.path and o.path)]
+            shared = {name for other in inside for name in other.parameters.values()}
+            owner.parameters = {place: name for place, name in owner.parameters.items() if name not in shared}
+        self.owners = [owner for owner in self.owners if owner.parameters]
 
     @property
     def wanted(self) -> dict[str, nn.Parameter]:

@@ -46,8 +46,11 @@ def gradient_blocks(
         out = buffer[: rows.stop - rows.start]
         parts_d = grad_outputs[:, rows].T.split(lengths, 1)
         for example, (a, d) in enumerate(zip(parts_a, parts_d, strict=True)):
-            if lengths[example] >= shortest:
-                yield example, torch.mm(d.to(dtype), a.to(dtype), out=out)  # 16-bit products are exact in float32
+            if lengths[example] < shortest:
+                continue
+            if a.dtype != dtype:  # 16-bit products are exact in float32
+                a, d = a.to(dtype), d.to(dtype)
+            yield example, torch.mm(d, a, out=out)
 
     for o in range(0, outputs, height):
         rows = slice(o, min(o + height, outputs))

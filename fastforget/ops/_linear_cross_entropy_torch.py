@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastforget.ops._exponential_race import arrival_times
 
-__all__ = ["COLUMNS", "ROWS", "accumulator", "add_product_", "forward_", "grad_logits"]
+__all__ = ["COLUMNS", "ROWS", "accumulator", "add_product_", "forward_", "grad_logits", "logits"]
 
 # Rows and vocabulary entries of one block of logits: 4 MB of float32, which stays in the last-level cache between the
 # product and the reductions. 512 to 2048 rows were within 5% of each other on a 2-core EPYC.
@@ -18,15 +18,15 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _logits(input: Tensor, weight: Tensor, bias: Tensor | None, softcap: float, scale: float) -> Tensor:
+def logits(input: Tensor, weight: Tensor, bias: Tensor | None, softcap: float, scale: float) -> Tensor:
     """One block of logits `[R, C]` in the accumulator's dtype: 16-bit products are exact in float32."""
     dtype = accumulator(input.dtype)
-    logits = input.to(dtype) @ weight.to(dtype).T
+    z = input.to(dtype) @ weight.to(dtype).T
     if bias is not None:
-        logits += bias
+        z += bias
     if scale != 1.0:
-        logits *= scale
-    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
+        z *= scale
+    return z.div_(softcap).tanh_().mul_(softcap) if softcap else z
 
 
 def forward_(
@@ -53,22 +53,22 @@ def forward_(
         for v in range(0, weight.shape[0], COLUMNS):
             columns = slice(v, v + COLUMNS)
             bias_block = None if bias is None else bias[columns]
-            logits = _logits(input_block, weight[columns].to(loss.dtype), bias_block, softcap, scale)  # [R, C]
-            new_max = running_max.maximum(logits.amax(1))
+            z = logits(input_block, weight[columns].to(loss.dtype), bias_block, softcap, scale)  # [R, C]
+            new_max = running_max.maximum(z.amax(1))
             shift = new_max.masked_fill(new_max == -torch.inf, 0.0)  # a row of -inf so far: exp(-inf - 0) = 0
             decay = (running_max - shift).exp_()
             if keys is None:
-                here = ((label >= v) & (label < v + logits.shape[1])).nonzero()[:, 0]
-                _take_label(logits, here, label[here] - v, running_max, target_logit, max_before)
-                running_sum = running_sum * decay + logits.sub_(shift[:, None]).exp_().sum(1)
+                here = ((label >= v) & (label < v + z.shape[1])).nonzero()[:, 0]
+                _take_label(z, here, label[here] - v, running_max, target_logit, max_before)
+                running_sum = running_sum * decay + z.sub_(shift[:, None]).exp_().sum(1)
             else:
-                probabilities = (logits - shift[:, None]).exp_()
+                probabilities = (z - shift[:, None]).exp_()
                 running_sum = running_sum * decay + probabilities.sum(1)
                 earliest = earliest / decay  # inf until a logit is finite: inf / 0
                 first, column = _first(arrival_times(probabilities, keys[r], v))
                 here = (first < earliest).nonzero()[:, 0]
                 earliest[here], label[here] = first[here], column[here] + v
-                _take_label(logits, here, column[here], running_max, target_logit, max_before)
+                _take_label(z, here, column[here], running_max, target_logit, max_before)
             running_max = new_max
         lse[r] = running_max + running_sum.log()
         loss[r] = lse[r] - target_logit
@@ -105,12 +105,12 @@ def grad_logits(
     scale: float,
 ) -> Tensor:
     """Gradient `[R, C]` with respect to `x W^T + b` of one block; `label` is relative to the block's first column."""
-    logits = _logits(input, weight, bias, softcap, scale)
-    grad = (logits - lse[:, None]).exp_().mul_(grad_sum[:, None])
+    z = logits(input, weight, bias, softcap, scale)
+    grad = (z - lse[:, None] if softcap else z.sub_(lse[:, None])).exp_().mul_(grad_sum[:, None])
     inside = (label >= 0) & (label < grad.shape[1])
     grad.scatter_add_(1, torch.where(inside, label, 0)[:, None], torch.where(inside, -grad_loss, 0)[:, None])
     if softcap:
-        grad *= 1 - (logits / softcap).square_()
+        grad *= 1 - (z / softcap).square_()
     return grad.mul_(scale) if scale != 1.0 else grad
 
 

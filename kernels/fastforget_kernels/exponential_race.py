@@ -6,8 +6,8 @@ r"""Random arrival times of the classes of a row: the first to arrive is a draw 
 E is exponential, so that t_sv is exponential with rate proportional to exp z_sv and argmin_v t_sv is a draw from
 softmax(z_s). This is the Gumbel-max trick without its second logarithm: -log E_sv is Gumbel noise g_sv, and
 log t_sv = m_s - (z_sv + g_sv), whatever the shift m_s >= max_v z_sv. The bits are a function of key and class alone: the
-same whatever the tiling. Small E, those that win, are resolved down to 2^-33: a class of probability p >= 2^-30 is drawn
-with probability p within 0.3%.
+same whatever the tiling. Small u, those that win, are 2^-32 apart: a class of probability p >= 2^-30 is drawn with
+probability p within 0.3%.
 
 Three multiplications and nine shifts or logical operations a number. Philox makes four numbers of twenty wide
 multiplications; a thread would drop three of them, or numbers would have to cross the accumulator's layout.

@@ -9,7 +9,11 @@ its logit, and whether a logit before it in the split is at least as large. A se
 order: no atomics, the same bits every run. The label is the argmax, ties to the lowest index, if nothing before it is at
 least as large and nothing after it is larger; so no index has to travel with the maximum.
 
-Flops 2 S H V; bytes at least (S + V) H inputs + 9 S outputs; workspace 8 bytes x splits x rows, rows in blocks.
+With SAMPLE a row's label is drawn from softmax(z_s), by `exponential_race`. Every split then has a candidate, and keeps of
+it what a tile keeps of a given label; the earliest arrival is rescaled with the sum, and wins in the merge.
+
+Flops 2 S H V; bytes at least (S + V) H inputs + 9 S outputs; workspace 8 bytes x splits x rows, rows in blocks; with
+SAMPLE some 50 operations a logit, 8 S more outputs and 24 bytes of workspace.
 
 Backward: dz_sv = g_s (exp(z_sv - lse_s) - [v = target(s)]) (1 - (z_sv / softcap)^2) scale, recomputed one block
 `[R, C]` at a time, then dx += dz W and dW += dz^T x by `add_product`: 2 S H V flops each, and 2 S H V to recompute.
@@ -75,6 +79,25 @@ def _at_label(z, label, BLOCK_V: tl.constexpr):
     return label_z, earlier_z
 
 
+@triton.jit
+def _race(
+    z, shift, tile_max, running_max, key, v0, best, target, target_logit, max_before, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """Let this tile's classes race with the earliest arrival so far, `best`, which is relative to `running_max`."""
+    columns = tl.arange(0, BLOCK_V)
+    arrival = arrival_times(z - shift[:, None], key[:, None], v0 + columns[None, :])
+    earliest = tl.min(arrival, axis=1)
+    label = tl.min(tl.where(arrival == earliest[:, None], columns[None, :], BLOCK_V), axis=1)
+    best *= tl.exp2(tl.minimum((shift - running_max) * LOG2_E, 120.0))
+    here = (earliest < best) & (tile_max > float("-inf"))  # not on a tie: the lowest index stays
+    label_z, earlier_z = _at_label(z, label, BLOCK_V)
+    best = tl.where(here, earliest, best)
+    target = tl.where(here, v0 + label, target)
+    target_logit = tl.where(here, label_z, target_logit)
+    max_before = tl.where(here, tl.maximum(running_max, earlier_z), max_before)
+    return best, target, target_logit, max_before
+
+
 # A constant in place of 1 split or 1 tile a split saves nothing, compiles once more, and spills on sm_90.
 @triton.jit(do_not_specialize=["splits", "tiles_per_split"])
 def _forward_kernel(
@@ -122,17 +145,9 @@ def _forward_kernel(
         running_sum *= tl.exp2((running_max - shift) * LOG2_E)
         running_sum += tl.sum(tl.exp2((z - shift[:, None]) * LOG2_E), axis=1)
         if SAMPLE:  # last: the arrival times take the registers of the exponentials
-            arrival = arrival_times(z - shift[:, None], key[:, None], offs_v[None, :])
-            earliest = tl.min(arrival, axis=1)
-            columns = tl.arange(0, BLOCK_V)
-            label = tl.min(tl.where(arrival == earliest[:, None], columns[None, :], BLOCK_V), axis=1)
-            best *= tl.exp2(tl.minimum((shift - running_max) * LOG2_E, 120.0))
-            here = (earliest < best) & (tile_max > float("-inf"))  # not on a tie: the lowest index stays
-            best = tl.where(here, earliest, best)
-            target = tl.where(here, v0 + label, target)
-            label_z, earlier_z = _at_label(z, label, BLOCK_V)
-            target_logit = tl.where(here, label_z, target_logit)
-            max_before = tl.where(here, tl.maximum(running_max, earlier_z), max_before)
+            best, target, target_logit, max_before = _race(
+                z, shift, tile_max, running_max, key, v0, best, target, target_logit, max_before, BLOCK_V
+            )
         running_max = new_max
     offs_partial = split.to(tl.int64) * S + offs_s
     tl.store(max_ptr + offs_partial, running_max, mask=mask_s)
@@ -272,17 +287,16 @@ def linear_cross_entropy_forward_(
     tiles_per_split = cdiv(tiles, splits)
     splits = cdiv(tiles, tiles_per_split)
     partial = input.new_empty((5 if sample else 2, splits, block), dtype=torch.float32)
-    if sample:  # of every split: maximum, sum, the label's logit, the maximum before it, its arrival; the label
-        partials = (*partial, input.new_empty((splits, block), dtype=torch.int32))
-    else:  # of the split that holds the label: its logit, the maximum before it
-        at_label = input.new_empty((2, block), dtype=torch.float32)
-        partials = (*partial, *at_label, None, None)
+    at_label = input.new_empty((2, 0 if sample else block), dtype=torch.float32)
+    # Of the split that holds the label: its logit, the maximum before it. Of every split that draws one: maximum, sum, the
+    # label's logit, the maximum before it, its arrival, the label.
+    label_of_split = input.new_empty((splits, block if sample else 0), dtype=torch.int32)
+    partials = (*partial, label_of_split) if sample else (*partial, *at_label, None, None)
     for s in range(0, rows, block):
         r = slice(s, min(s + block, rows))
         size = r.stop - s
         label = target[r].contiguous()
-        if not sample:
-            at_label.fill_(torch.nan)
+        at_label.fill_(torch.nan)
         _forward_kernel[(cdiv(size, settings.block_s) * splits,)](
             input[r], weight, bias, label, None if keys is None else keys[r], *partials, size, hidden, vocabulary,
             splits, tiles_per_split, *input.stride(), *weight.stride(), scale, softcap, sample,

@@ -80,6 +80,10 @@ def test_adapters_and_all_weights_observed(kind: str, examples: list[Tensor]):
     alone = gradients(model)
     model.zero_grad()
     fisher = ff.DiagonalFisher(model)
+    if kind == "LoRA on experts":  # PEFT parametrises the weights while its forward runs
+        with pytest.raises(ValueError, match=r"gate_up_proj|down_proj"), fisher.observe():
+            pass
+        return
     with slow_rules_of(kind):
         with fisher.observe():
             model(**batch).loss.backward()
