@@ -171,7 +171,7 @@ def fisher(
     if model is None or data is None:
         missing = "model" if model is None else "data"
         raise ValueError(f"{missing}: expected --{missing}, got none; or pass --summary alone for an existing file")
-    from fastforget.fisher.runner import run_fisher
+    from fastforget.fisher_run.runner import run_fisher
 
     run = partial(
         run_fisher,

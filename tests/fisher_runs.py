@@ -8,7 +8,7 @@ from tiny_models import save_adapter, save_base, texts, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from fastforget.fisher.names import Fisher
-from fastforget.fisher.runner import run_fisher
+from fastforget.fisher_run.runner import run_fisher
 
 BATCH = 600  # padded tokens: several batches a run
 

@@ -13,10 +13,10 @@ from tiny_models import save_adapter, save_base, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from fastforget import cli
-from fastforget.fisher import runner
 from fastforget.fisher.estimator import DiagonalFisher
 from fastforget.fisher.files import load_fisher
-from fastforget.fisher.runner import run_fisher
+from fastforget.fisher_run import runner
+from fastforget.fisher_run.runner import run_fisher
 
 
 @pytest.fixture(scope="module")

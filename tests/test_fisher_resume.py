@@ -13,11 +13,11 @@ import torch
 from fisher_runs import BATCH, looped, relative, run, save_fisher_world, write
 from tiny_models import save_base
 
-from fastforget.fisher import runner
 from fastforget.fisher.estimator import DiagonalFisher
 from fastforget.fisher.files import read_metadata
-from fastforget.fisher.partial import PARTIAL_KIND, RunFiles
-from fastforget.fisher.partial import environment as environment_of
+from fastforget.fisher_run import runner
+from fastforget.fisher_run.partial import PARTIAL_KIND, RunFiles
+from fastforget.fisher_run.partial import environment as environment_of
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ SCRIPT = """
 import json, os, signal, sys
 import torch
 from fastforget.fisher.estimator import DiagonalFisher
-from fastforget.fisher.runner import run_fisher
+from fastforget.fisher_run.runner import run_fisher
 
 settings = json.loads(sys.argv[1])
 moment, cells = settings.pop("die", {}), settings.pop("memory", None)

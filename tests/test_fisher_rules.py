@@ -1,9 +1,8 @@
-"""Parameters that are used in unusual ways: exact, or refused by name; the same bits; what it costs in memory."""
+"""Parameters that are used in unusual ways: exact, or refused by name."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -195,6 +194,18 @@ def test_modules(name: str, examples: list[Tensor]):
     check_exact(llama_with(module()), examples, slow)
 
 
+@pytest.mark.parametrize("name", ["linear, twice", "norm, twice", "own scale, twice", "functions"])
+def test_modules_observed_on_packed_rows(name: str, examples: list[Tensor]):
+    """Several examples share a row, so that rows do not tell them apart."""
+    torch.manual_seed(1)
+    model, batch = llama_with(MODULES[name][0]()), packed(examples)
+    fisher = ff.DiagonalFisher(model)
+    with fisher.observe():
+        labels = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORE)
+        model(**batch, labels=labels, use_cache=False).loss.backward()
+    assert_exact(fisher.diagonal(), batch_1_fisher(model, examples), torch.float64)
+
+
 def test_a_layer_that_the_model_shares(examples: list[Tensor]):
     model = build("Llama", torch.float64).eval()
     model.model.layers[1].mlp = model.model.layers[0].mlp
@@ -353,54 +364,3 @@ def test_a_path_that_changes_from_batch_to_batch(change: str, way: str, examples
         run()
     with pytest.raises(ValueError, match="fisher: the estimate is invalid: "):
         fisher.diagonal()
-
-
-# Cost, and the same bits ----------------------------------------------------------------------------------------------
-
-
-def test_the_same_bits_with_offload_and_in_another_run(examples: list[Tensor]):
-    model, found = llama_with(Twice(nn.Linear(H, H)), tie_word_embeddings=True), []
-    for offload in (False, True, False):
-        fisher = ff.DiagonalFisher(copy.deepcopy(model), offload=offload)
-        for batch in (padded(examples, "left"), packed(examples)):
-            fisher.update(**batch)
-        found.append(fisher.diagonal())
-    for other in found[1:]:
-        assert all(torch.equal(value, other[name]) for name, value in found[0].items())
-
-
-def test_batches_may_be_split_in_any_way(examples: list[Tensor]):
-    model = build("GPT-2", torch.float64)
-    whole = ff.DiagonalFisher(model)
-    whole.update(**padded(examples, "right"), weights=[1, 2, 3, 4])
-    for groups in ([[3], [0, 2], [1]], [[2, 1, 0, 3]]):
-        parts = ff.DiagonalFisher(model)
-        for group in groups:
-            parts.update(**padded([examples[i] for i in group], "left"), weights=[i + 1.0 for i in group])
-        assert_exact(parts.diagonal(), whole.diagonal(), torch.float64)
-
-
-def allocations(run: Callable[[], object]) -> tuple[int, int]:
-    """Bytes of the largest tensor that is allocated, and the most that is allocated at once."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    total = peak = 0
-    for size in sizes:
-        total += size
-        peak = max(peak, total)
-    return max(sizes), peak
-
-
-@pytest.mark.parametrize("family", ["Llama", "Llama, tied"])
-def test_memory_does_not_grow_with_the_number_of_examples(family: str):
-    """96 tokens as 3 or as 48 examples: no gradients `[B, O, I]` of any weight, nor `[B, V, H]`."""
-    model = build(family, intermediate_size=2048, hidden_size=64, vocab_size=2048)
-    largest_weight = max(parameter.numel() * 4 for parameter in model.parameters())
-    ids = torch.randint(3, 2048, (96,), generator=torch.Generator().manual_seed(0))
-    fisher = ff.DiagonalFisher(model)
-    fisher.update(ids.view(3, 32))
-    few, many = (allocations(lambda b=b: fisher.update(ids.view(b, -1))) for b in (3, 48))
-    assert many[0] <= max(few[0], 2 * largest_weight)
-    assert many[1] <= min(1.1 * few[1] + 2 * largest_weight, 48 * largest_weight / 2)

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastforget._files import write_atomically
 from fastforget.matrix import plan
-from fastforget.matrix.store import Store, write_atomically
+from fastforget.matrix.store import Store
 
 MANIFEST = {"format": 1, "inputs": {"base": {"weights": "a"}, "settings": {"dtype": "float32"}}, "environment": {}}
 

@@ -333,6 +333,6 @@ def _read_json(path: Path, default: Any) -> Any:
 
 
 def _write_text(path: Path, text: str) -> None:
-    from fastforget.matrix.store import write_atomically
+    from fastforget._files import write_atomically
 
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

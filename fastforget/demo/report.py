@@ -19,10 +19,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fastforget._files import write_atomically
 from fastforget.demo.text import UPSTREAM, Domain
 from fastforget.demo.training import ADAPTER, LEARNING_RATES
 from fastforget.matrix import ForgettingMatrix, plot_heatmap
-from fastforget.matrix.store import write_atomically
 
 RANKS = (1, 2, 3, 4, 5)
 SHOWN = 3  # most and least forgotten examples

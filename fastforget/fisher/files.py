@@ -251,7 +251,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from fastforget.matrix.store import write_atomically
+    from fastforget._files import write_atomically
 
     record = {"kind": kind, "format": FORMAT_VERSION, "metadata": dict(metadata)}
     try:

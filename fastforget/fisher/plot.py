@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastforget.matrix.store import write_atomically
+from fastforget._files import write_atomically
 
 if TYPE_CHECKING:
     from fastforget.fisher.summary import FisherSummary

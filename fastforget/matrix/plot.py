@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from fastforget._files import write_atomically
 from fastforget.matrix.result import ForgettingMatrix, singular_order
-from fastforget.matrix.store import write_atomically
 
 PERCENTILE = 99.0  # of |Z|: beyond it colours saturate, or a few entries would leave the rest white
 COLUMNS = 1500  # more cannot be told apart: neighbours are averaged

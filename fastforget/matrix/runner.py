@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from fastforget._files import write_atomically
 from fastforget.matrix import plan
 from fastforget.matrix.checkpoints import (
     Checkpoint,
@@ -29,7 +30,7 @@ from fastforget.matrix.noise import measure_noise
 from fastforget.matrix.progress import ProgressBar
 from fastforget.matrix.result import ForgettingMatrix
 from fastforget.matrix.scoring import Scores, free_memory, is_out_of_memory, joined, score
-from fastforget.matrix.store import FORMAT_VERSION, Store, write_atomically
+from fastforget.matrix.store import FORMAT_VERSION, Store
 from fastforget.matrix.upstream import Upstream, load_upstream, tokenizer_fingerprint
 
 PathLike = str | os.PathLike[str]
@@ -99,13 +100,13 @@ def forgetting_matrix(
     if not isinstance(noise_examples, int) or noise_examples < 0:
         raise ValueError(f"noise_examples: expected 0 or more, got {noise_examples!r}; 0 measures no noise floor")
     paths = named_tasks(tasks)
-    on = _device(device)
+    on = choose_device(device)
     models = [find_checkpoint("base", os.fspath(base), is_base=True)]
     models += [find_checkpoint(name, path) for name, path in paths.items()]
     base_config = load_config(models[0])
-    kind = _dtype(dtype, base_config)
+    kind = choose_dtype(dtype, base_config)
     tokenizer = load_tokenizer(models[0])
-    limit = _max_length(max_length, base_config)
+    limit = choose_max_length(max_length, base_config)
     examples = load_upstream(
         os.fspath(upstream),
         tokenizer,
@@ -115,7 +116,7 @@ def forgetting_matrix(
         split=split,
         config=config,
     )
-    _check_vocabulary(examples, base_config)
+    check_vocabulary(examples, base_config)
     step = max(1, len(examples.texts) // TOKENIZER_SAMPLES)
     for task in models[1:]:
         check_tokenizer(task, tokenizer, examples.texts[::step])
@@ -334,7 +335,8 @@ class _Run:
         )
 
 
-def _device(device: str | torch.device | None) -> str:
+def choose_device(device: str | torch.device | None) -> str:
+    """The device that is asked for, or the GPU if there is one."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -345,7 +347,8 @@ def _device(device: str | torch.device | None) -> str:
     return str(device)
 
 
-def _dtype(dtype: str | torch.dtype | None, config: Any) -> torch.dtype:
+def choose_dtype(dtype: str | torch.dtype | None, config: Any) -> torch.dtype:
+    """The dtype that is asked for, or that of the config."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
     if dtype is None:
         dtype = getattr(config, "dtype", None) or "float32"
@@ -355,7 +358,8 @@ def _dtype(dtype: str | torch.dtype | None, config: Any) -> torch.dtype:
     return known[name]
 
 
-def _max_length(max_length: int | None, config: Any) -> int | None:
+def choose_max_length(max_length: int | None, config: Any) -> int | None:
+    """The number of tokens that is asked for, or the model's limit, if it has one."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if max_length is not None and limit is not None and max_length > limit:
         raise ValueError(
@@ -364,7 +368,8 @@ def _max_length(max_length: int | None, config: Any) -> int | None:
     return limit if max_length is None else max_length
 
 
-def _check_vocabulary(examples: Upstream, config: Any) -> None:
+def check_vocabulary(examples: Upstream, config: Any) -> None:
+    """Refuse token ids that the model does not have."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     for name, tokens in zip(examples.ids, examples.tokens, strict=True):
         if size is not None and tokens.max() >= size:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastforget._files import TEMPORARY, differences, lock, sync_folder, write_atomically
 from fastforget.matrix.plan import Unit
 
 FORMAT_VERSION = 1
-TEMPORARY = ".tmp-"
 VALUES_SCHEMA = pa.schema(
     [
         ("task", pa.int32()),
@@ -24,39 +24,6 @@ VALUES_SCHEMA = pa.schema(
         ("exact", pa.bool_()),
     ]
 )
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it is either absent (or as before) or whole, even after a power failure.
-
-    Args:
-        path: the file.
-        write: writes everything to the path that it is given.
-
-    Raises:
-        OSError: if the file cannot be written; no temporary file is left then.
-    """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Store:
@@ -99,11 +66,11 @@ class Store:
     def _check_same_run(self, manifest: dict[str, Any]) -> None:
         # Through JSON, so that both sides have the same types.
         here, there = json.loads(json.dumps(manifest["inputs"])), self.manifest()["inputs"]
-        differences = list(_differences(there, here))
-        if differences:
+        found = list(differences(there, here))
+        if found:
             raise ValueError(
                 f"out: {self.out} belongs to a run with other inputs; expected the same to continue it, got "
-                + "; ".join(differences)
+                + "; ".join(found)
                 + "; choose another folder or give the first run's inputs"
             )
 
@@ -150,7 +117,7 @@ class Store:
             return
         with open(path, "ab") as file:
             try:
-                _lock(file.fileno())
+                lock(file.fileno())
             except (BlockingIOError, PermissionError) as error:
                 raise ValueError(
                     f"out: expected a folder that nobody writes to, got {self.out}, in use by another run; wait for it "
@@ -175,7 +142,7 @@ class Store:
             else:
                 self.write_json(self.manifest_file, manifest)
             self.units.mkdir(exist_ok=True)
-            _sync_folder(self.out)
+            sync_folder(self.out)
             for folder in (self.out, self.units):
                 for leftover in folder.glob(f"{TEMPORARY}*"):
                     leftover.unlink()
@@ -213,7 +180,7 @@ class Store:
             file.write(json.dumps({"event": event, **fields}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(self.out)
+        sync_folder(self.out)
 
     def events(self, event: str) -> list[dict[str, Any]]:
         """The journal's events of one kind.
@@ -286,23 +253,3 @@ class Store:
                     "give the run's command again"
                 ) from error
         return pa.concat_tables(tables)
-
-
-def _lock(descriptor: int) -> None:
-    if os.name == "nt":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in [*there, *(key for key in here if key not in there)]:
-            yield from _differences(there.get(key), here.get(key), f"{name} {key}".strip())
-    elif there != here:
-        first, second = (json.dumps(value)[:100] for value in (there, here))
-        yield f"{name}: {first} there, {second} here"

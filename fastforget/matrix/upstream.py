@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastforget._files import write_atomically
 from fastforget.matrix.rows import Row, content_hash, read_rows, row_ids
-from fastforget.matrix.store import write_atomically
 
 CACHE_VERSION = 1  # raise it when the same rows would give other tokens
 ROWS_AT_ONCE = 1000

@@ -20,13 +20,13 @@ from torch import Tensor
 from fastforget.fisher.estimator import DiagonalFisher, NonFiniteError
 from fastforget.fisher.files import check_path, check_space, load_fisher, save_fisher
 from fastforget.fisher.names import Fisher, canonical_name
-from fastforget.fisher.partial import RunFiles, State, environment
+from fastforget.fisher_run.partial import RunFiles, State, environment
 from fastforget.matrix import plan
 from fastforget.matrix.checkpoints import Checkpoint, find_checkpoint, load_config, load_tokenizer
 from fastforget.matrix.models import ResidentModel
 from fastforget.matrix.progress import ProgressBar
 from fastforget.matrix.rows import read_rows, row_ids
-from fastforget.matrix.runner import _check_vocabulary, _device, _dtype, _max_length
+from fastforget.matrix.runner import check_vocabulary, choose_device, choose_dtype, choose_max_length
 from fastforget.matrix.scoring import IGNORE, free_memory, is_out_of_memory
 from fastforget.matrix.upstream import Upstream, load_upstream, tokenizer_fingerprint
 
@@ -106,18 +106,18 @@ def run_fisher(
     _check_count("limit", limit, 1, "examples")
     with _own_words():
         path = check_path(out)
-        on = _device(device)
+        on = choose_device(device)
         base = find_checkpoint("model", os.fspath(model), is_base=True)
         tuned = None if adapter is None else _find_adapter(os.fspath(adapter))
         model_config = load_config(base)
-        kind = _dtype(dtype, model_config)
+        kind = choose_dtype(dtype, model_config)
         tokenizer = load_tokenizer(base)
-        length = _max_length(max_length, model_config)
+        length = choose_max_length(max_length, model_config)
         source = {"split": split, "config": config}
         examples = load_upstream(
             os.fspath(data), tokenizer, max_length=length, eos=eos, skip_empty=skip_empty, **source
         )
-        _check_vocabulary(examples, model_config)
+        check_vocabulary(examples, model_config)
         budget = plan.default_tokens_per_batch(torch.device(on).type, kind)
         budget = budget if torch.device(on).type == "cpu" else budget // BACKWARD
         convention = {"per": per, "labels": labels, "loss": loss, "samples": samples, "seed": seed}

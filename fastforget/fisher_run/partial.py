@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastforget._files import TEMPORARY, differences, lock
 from fastforget.fisher.files import KIND, read_metadata, read_tensors, write_tensors
-from fastforget.matrix.store import TEMPORARY, _differences, _lock
 
 __all__ = ["RunFiles", "State", "environment"]
 
@@ -122,11 +122,11 @@ class RunFiles:
             )
 
     def _check_inputs(self, path: Path, there: dict[str, Any]) -> None:
-        differences = list(_differences(there, self.inputs))
-        if differences:
+        found = list(differences(there, self.inputs))
+        if found:
             raise ValueError(
                 f"out: {path} belongs to a run with other inputs; expected the same to continue it, got "
-                + "; ".join(differences)
+                + "; ".join(found)
                 + "; choose another file, delete this one, or give the first run's inputs"
             )
 
@@ -156,7 +156,7 @@ class RunFiles:
         )
         with open(self.lock, "ab") as file:
             try:
-                _lock(file.fileno())
+                lock(file.fileno())
             except (BlockingIOError, PermissionError) as error:
                 raise in_use from error
             # A run that has ended since may have removed the file that was opened here.

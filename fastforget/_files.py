@@ -1,0 +1,87 @@
+"""Files that are whole or absent, locks, and what differs between two records."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["TEMPORARY", "differences", "lock", "sync_folder", "write_atomically"]
+
+TEMPORARY = ".tmp-"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that it is either absent (or as before) or whole, even after a power failure.
+
+    Args:
+        path: the file.
+        write: writes everything to the path that it is given.
+
+    Raises:
+        OSError: if the file cannot be written; no temporary file is left then.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable.
+
+    Args:
+        folder: The folder.
+    """
+    if os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(descriptor: int) -> None:
+    """Take the exclusive lock of an open file, or raise OSError at once.
+
+    Args:
+        descriptor: Of the file.
+    """
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+    """What differs between two records.
+
+    Args:
+        there: Nested dictionaries of what JSON can hold.
+        here: The same.
+        name: Of the record, before the keys.
+
+    Yields:
+        One clause a difference.
+    """
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*there, *(key for key in here if key not in there)]:
+            yield from differences(there.get(key), here.get(key), f"{name} {key}".strip())
+    elif there != here:
+        first, second = (json.dumps(value)[:100] for value in (there, here))
+        yield f"{name}: {first} there, {second} here"
