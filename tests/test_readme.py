@@ -25,3 +25,9 @@ def test_every_tested_family_is_named():
     text = " ".join(readme.split())
     names = {name.split(",")[0] for name in FAMILIES}
     assert not [name for name in names if name not in text]
+
+
+def test_the_page_of_families_is_that_of_the_tests():
+    from architectures import families_page
+
+    assert families_page.PAGE.read_text() == families_page.page(), "run: python tests/architectures/families_page.py"

@@ -278,6 +278,17 @@ class DiagonalFisher:
         }
 
     @property
+    def slow_modules(self) -> dict[str, str]:
+        """Modules without a fast rule: their class by path. Known once the estimator has been used."""
+        owners = self._watched.owners if self._uses else []
+        return {owner.path: type(owner.module).__name__ for owner in owners if owner.slow}
+
+    @property
+    def invalid(self) -> str | None:
+        """Why the estimate is invalid; None where it is not."""
+        return self._invalid
+
+    @property
     def skipped(self) -> list[Any]:
         """Ids of the examples without a target, which do not count."""
         return list(self._skipped)

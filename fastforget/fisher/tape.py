@@ -52,6 +52,11 @@ class Owner:
     holders: dict[str, nn.Module]  # by path
     tier: str = "module"
 
+    @property
+    def slow(self) -> bool:
+        """Whether it is computed again example by example."""
+        return self.tier in ("slice", "whole")
+
     def tensors(self) -> dict[str, Tensor]:
         """The parameters as they are now, by name: under FSDP2 they are whole only inside the forward.
 

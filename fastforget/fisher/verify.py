@@ -131,7 +131,7 @@ def choose_rules(
             unseen = tape.received.keys().isdisjoint(owner.parameters.values()) and owner.path not in failures
             _escalate(owner, owners, modules, unseen, failures.get(owner.path))
         owners[:] = [owner for owner in owners if owner.parameters]
-    slow = {f"{o.path} ({type(o.module).__name__})" for o in owners if o.tier in ("slice", "whole")}
+    slow = {f"{o.path} ({type(o.module).__name__})" for o in owners if o.slow}
     if slow:
         shown = ", ".join(sorted(slow)[:4]) + (f" and {len(slow) - 4} others" if len(slow) > 4 else "")
         warnings.warn(

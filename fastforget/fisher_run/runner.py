@@ -267,7 +267,7 @@ class _Run:
             self.state.position = stop
         if problem == "memory":
             self._halve_budget(rows)
-        if problem == "memory" or self.estimator._invalid:
+        if problem == "memory" or self.estimator.invalid:
             # The sums may hold a part of the batch. The old ones go first: there may be no room for two.
             del self.estimator
             free_memory()

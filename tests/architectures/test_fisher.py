@@ -9,6 +9,7 @@ from architectures.fisher_steps import (
     COVERED,
     DTYPES,
     IGNORE,
+    SLOW,
     SLOW_RULE,
     same_bits,
     slow_rules_of,
@@ -36,7 +37,10 @@ def test_layouts_equal_the_loop(family: str, dtype: torch.dtype, device: str, ex
     with throughout(dtype), slow_rules_of(family):
         expected, truth = batch_1_fisher(model, examples), truth_of(model, examples)
         for batch in layouts(examples).values():
-            assert_exact(updated(model, batch), expected, dtype, truth)
+            fisher = ff.DiagonalFisher(model)
+            fisher.update(**batch)
+            assert_exact(fisher.diagonal(), expected, dtype, truth)
+            assert sorted(set(fisher.slow_modules.values())) == sorted(SLOW.get(family, ()))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any("forward" in vars(module) for module in model.modules())
 
