@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _NormBase
 
 from fastforget._head import eval_mode
 from fastforget.fisher.examples import Examples
@@ -169,6 +170,7 @@ class DiagonalFisher:
         *,
         loss_denominator: float | Tensor | None = None,
         weights: Tensor | Sequence[float] | None = None,
+        loss_factor: float = 1.0,
         fuse_grad: bool = False,
     ) -> Iterator[None]:
         """Ride on the caller's own step: `with fisher.observe(): loss = model(**batch).loss; loss.backward()`.
@@ -180,16 +182,17 @@ class DiagonalFisher:
 
         Args:
             labels: `[B, T]` unshifted, -100 for no target; default: the `labels` that the model is called with.
-            loss_denominator: What the summed loss was divided by, with everything else that scales the loss before the
-                backward (gradient accumulation, the inverse of a loss scaler); default: `num_items_in_batch` if the model
-                is called with it, else the number of targets of the call.
+            loss_denominator: What the summed loss was divided by; default: `num_items_in_batch` if the model is called with
+                it, else the number of targets of the call.
             weights: `[B]` >= 0 of each call's examples; default 1.
+            loss_factor: What the loss is multiplied by before the backward, besides.
             fuse_grad: Compute the weights' `.grad` in the same pass as the Fisher: cheaper, and equal up to rounding.
 
         Yields:
             Nothing.
 
         Raises:
+            TypeError: labels is no tensor.
             ValueError: There are no targets an example, the loss couples examples, no backward ran, or the labels are to
                 be sampled.
         """
@@ -198,6 +201,19 @@ class DiagonalFisher:
                 'observe: expected labels="data", got "sampled", whose loss is not the caller\'s; use update()'
             )
         watched = self._watched
+        given = {"labels": labels, "loss_denominator": loss_denominator, "weights": weights}
+        for name, value in given.items() if self.per == "batch_mean" else ():
+            if value is not None:
+                raise ValueError(
+                    f'{name}: expected None with per="batch_mean", whose square is the step\'s own; leave it out'
+                )
+        if labels is not None and not isinstance(labels, Tensor):
+            raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}; call torch.tensor on it")
+        normed = [n for n, m in watched.inner.named_modules() if isinstance(m, _NormBase) and m.training]
+        if normed and self.per != "batch_mean":
+            raise ValueError(
+                f"model: {normed[0]} normalises over the examples of a batch; call model.eval(), or use update()"
+            )
         with self._active(), uncompiled(watched.model):
             if self.per == "batch_mean":
                 yield from self._observe_step()
@@ -206,7 +222,7 @@ class DiagonalFisher:
                 self._choose_rules()
             tape = self._tape(detach=False, fuse_grad=fuse_grad)
             first = self._examples + len(self._skipped)
-            observer = Observer(watched, tape, labels, loss_denominator, weights, self.loss, first)
+            observer = Observer(watched, tape, labels, loss_denominator, loss_factor, weights, self.loss, first)
             with self._all_or_invalid(tape):
                 with tape.running(), observer.running():
                     yield
@@ -317,6 +333,7 @@ class DiagonalFisher:
         Returns:
             Tensors, which later updates change.
         """
+        self._refuse_invalid()
         counters = [self._weight_sum, self._examples, self._tokens, len(self._skipped)]
         sums = {f"sum.{name}": value for name, value in self._sums.tensors.items()}
         return sums | {"counters": torch.tensor(counters, dtype=torch.float64)}
@@ -367,6 +384,11 @@ class DiagonalFisher:
     def _active(self) -> Iterator[None]:
         """One estimator at a time on a model."""
         self._refuse_invalid()
+        self._watched.refuse_changes()
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "fisher: gradients are needed, got torch.inference_mode(); leave it, or use torch.no_grad()"
+            )
         base = self._watched.base
         if base in _ACTIVE:
             raise ValueError(
@@ -411,7 +433,8 @@ class DiagonalFisher:
 
     def _count(self, ids: Sequence[Any], weights: Tensor, tokens: Tensor) -> None:
         counted = tokens.to(weights.device) > 0
-        self._weight_sum += float(1.0 if self.per == "batch_mean" else weights[counted].sum(dtype=torch.float64))
+        total = float(weights[counted].sum(dtype=torch.float64))
+        self._weight_sum += float(total > 0) if self.per == "batch_mean" else total
         self._examples += int(counted.sum())
         self._tokens += int(tokens.sum())
         self._skipped += [name for name, has in zip(ids, counted.tolist(), strict=True) if not has]
@@ -430,22 +453,20 @@ class DiagonalFisher:
         """Add the square of the gradient of the weighted mean loss, of the model as it is."""
         watched = self._watched
         tokens = (rows.target != IGNORE).sum(1)
-        with watched.no_grad_written():
-            loss = log_perplexity(
-                watched.model,
-                input_ids,
-                *rest[:2],
-                position_ids=rest[2],
-                reduction=self.loss,
-                impl=self._impl,
-            )
-            counts = (tokens > 0) & (examples.weights > 0)
-            losses = Losses(loss.detach().masked_fill(tokens == 0, torch.nan), tokens)
-            refuse_nonfinite_losses(losses, examples)
-            if bool(counts.any()):
-                weights = examples.weights[counts].to(loss.dtype)
-                ((loss[counts] * weights).sum() / weights.sum()).backward()
-                self._add_squares(watched.gradients())
+        loss = log_perplexity(
+            watched.model,
+            input_ids,
+            *rest[:2],
+            position_ids=rest[2],
+            reduction=self.loss,
+            impl=self._impl,
+        )
+        counts = (tokens > 0) & (examples.weights > 0)
+        losses = Losses(loss.detach().masked_fill(tokens == 0, torch.nan), tokens)
+        refuse_nonfinite_losses(losses, examples)
+        if bool(counts.any()):
+            weights = examples.weights[counts].to(loss.dtype)
+            self._add_squares(watched.gradients_of((loss[counts] * weights).sum() / weights.sum()))
         return losses
 
     def _observe_step(self) -> Iterator[None]:
@@ -460,18 +481,18 @@ class DiagonalFisher:
         gradients = watched.gradients()
         if not gradients:
             raise ValueError("observe: expected loss.backward() inside the `with` block, got no gradient")
-        bad = [name for name, grad in gradients.items() if not bool(grad.isfinite().all())]
-        if bad:
-            raise NonFiniteError(
-                f"gradient: expected finite gradients, got NaN or infinity in {bad[0]}; skip this step", []
-            )
         self._add_squares(gradients)
         self._weight_sum += 1
         self._examples += 1
 
     def _add_squares(self, gradients: dict[str, Tensor]) -> None:
+        bad = [name for name, grad in gradients.items() if not bool(grad.isfinite().all())]
+        if bad:
+            raise NonFiniteError(f"gradient: expected finite gradients, got NaN or infinity in {bad[0]}; skip it", [])
+        self._invalid = "squares of gradients were added in part"
         together = {name: grad for name, grad in gradients.items() if self._sums.tensors[name].device == grad.device}
         square_accumulate_([self._sums.tensors[name] for name in together], list(together.values()), impl=self._impl)
         for name in gradients.keys() - together.keys():  # offloaded
             with self._sums.whole(name) as fisher:
                 square_accumulate_([fisher], [gradients[name]], impl=self._impl)
+        self._invalid = None

@@ -44,6 +44,7 @@ class Examples:
         # One example a row: then a whole row belongs to it, since the gradient at its padding is zero.
         self.one_a_row = count == self.rows and bool(((owner == expected) | (owner < 0)).all())
         self.nonfinite = torch.zeros(count, dtype=torch.bool, device=owner.device)
+        self.suspect = torch.zeros((), dtype=torch.bool, device=owner.device)  # something is not finite, unknown where
         self.waiting: dict[str, list[Any]] = {}  # pieces of parameters that are used several times, by name
         self.done: set[str] = set()  # parameters whose pieces are accumulated
         self._segments: dict[tuple[int, bool], Segments] = {}

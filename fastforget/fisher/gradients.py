@@ -111,8 +111,8 @@ class Outer:
             return
         options = {"weights": segments.weights, "grad_weight": self.grad_weight, "impl": how.impl}
         fisher_accumulate_(fisher, a, d, segments.offsets, **options)
-        if d.shape[1] <= 64 and not how.positions:  # an adapter's: no norm's sums below it may show what is not finite
-            examples.nonfinite |= ~segment_sums(d.to(fisher.dtype), segments.offsets).isfinite().all(1)
+        # What is not finite in a token's gradient, or activation, is in a whole row, or column.
+        examples.suspect |= ~(fisher[:, :1].sum() + fisher[:1].sum()).isfinite()
 
     def example(self, shape: torch.Size, examples: Examples, b: int) -> Tensor:
         """See `Piece`."""
@@ -213,8 +213,11 @@ class Elementwise:
         """See `Piece`."""
         gradient, weights = self._per_segment(examples, how.positions)  # [segments, parameter's elements]
         fisher += torch.mv(gradient.square().T, weights).view(fisher.shape)
-        if not how.positions:
-            examples.nonfinite |= ~gradient.isfinite().all(1)
+        finite = gradient.isfinite().all(1)
+        if how.positions:
+            examples.suspect |= ~finite.all()
+        else:
+            examples.nonfinite |= ~finite
 
     def example(self, shape: torch.Size, examples: Examples, b: int) -> Tensor:
         """See `Piece`."""

@@ -81,10 +81,13 @@ class FusedHead:
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(kind)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        anchor = torch.zeros((), requires_grad=True)  # everything before the head may be frozen
         for seed in self.seeds or [None]:
             ids = None if seed is None or self.row_ids is None else self.row_ids.to(device)[is_target]
             pass_ = _Pass(self, examples, labels, owner, seed, ids)
-            self.losses.append(_HeadLoss.apply(x, weight.detach(), None if bias is None else bias.detach(), pass_))  # type: ignore[arg-type]
+            self.losses.append(
+                _HeadLoss.apply(x, weight.detach(), None if bias is None else bias.detach(), pass_, anchor)
+            )  # type: ignore[arg-type]
         return hidden.new_zeros(*hidden.shape[:-1], 1)
 
 
@@ -102,7 +105,7 @@ class _Pass:
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: _Pass) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, run: _Pass, anchor: Tensor) -> Tensor:
         fused = run.fused
         softcap, scale = fused.transform.softcap, fused.transform.scale
         labels, ctx.run, ctx.kept = run.labels, run, None
@@ -123,7 +126,7 @@ class _HeadLoss(torch.autograd.Function):
         x, weight, bias, labels, lse = ctx.saved_tensors
         run: _Pass = ctx.run
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return _backward(run, ctx.kept, x, weight, bias, labels, lse, grad), None, None, None
+            return _backward(run, ctx.kept, x, weight, bias, labels, lse, grad), None, None, None, None
 
 
 def _backward(
@@ -137,6 +140,7 @@ def _backward(
     grad: Tensor,
 ) -> Tensor:
     fused, examples = run.fused, run.examples
+    fused.tape.begin(examples)
     tape, transform = fused.tape, fused.transform
     count = len(run.owner) if tape.how.positions else examples.count
     segment = torch.arange(count, device=x.device) if tape.how.positions else run.owner

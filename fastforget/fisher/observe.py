@@ -40,6 +40,7 @@ class Observer:
         tape: That is running.
         labels: The caller's, or None for those of each call.
         denominator: What the loss was divided by, or None for what transformers divides by.
+        factor: What it was multiplied by, besides.
         weights: Of the examples.
         loss: "mean" or "sum".
         first: Number of the first example.
@@ -49,6 +50,7 @@ class Observer:
     tape: Tape
     labels: Tensor | None
     denominator: float | Tensor | None
+    factor: float
     weights: Tensor | Sequence[float] | None
     loss: str
     first: int
@@ -162,6 +164,7 @@ class Observer:
         scale = torch.as_tensor(tokens.sum() if denominator is None else denominator, dtype=dtype, device=ids.device)
         if not bool(scale.isfinite() & (scale > 0)) and bool(tokens.sum()):
             raise ValueError(f"loss_denominator: expected a finite number > 0, got {float(scale)}")
+        scale = scale / self.factor
         factor = scale / (tokens.clamp(min=1) if self.loss == "mean" else 1)
         first = self.first + sum(len(batch.examples.ids) for batch in self.batches)
         examples = Examples(owner, count, weights * factor**2, list(range(first, first + count)))

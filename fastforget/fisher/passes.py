@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from fastforget._head import LogitTransform, swapped_forward, verified_transform
 from fastforget.fisher.examples import Examples
 from fastforget.fisher.gradients import How
 from fastforget.fisher.head import FusedHead
+from fastforget.fisher.rules import module_rule
 from fastforget.fisher.sums import Sums
 from fastforget.fisher.tape import Tape
 from fastforget.fisher.verify import Comparison, check_batch, choose_rules
@@ -184,9 +186,11 @@ def refuse_nonfinite_gradients(batches: Sequence[Examples]) -> None:
         NonFiniteError: There are some.
     """
     bad = [b.ids[i] for b in batches for i in b.nonfinite.nonzero()[:, 0].tolist()]
+    place = "for" if bad else "in one of"  # a weight's squares show that something is not finite, not whose
+    bad = bad or [i for b in batches if bool(b.suspect) for i in b.ids]
     if bad:
         raise NonFiniteError(
-            f"gradient: expected finite gradients, got NaN or infinity for {_listed(bad)}; their squares are in the "
+            f"gradient: expected finite gradients, got NaN or infinity {place} {_listed(bad)}; their squares are in the "
             "estimate, which is invalid now",
             bad,
         )
@@ -264,23 +268,39 @@ def choose_rules_on(watched: Watched, sums: Sums, impl: str) -> dict[str, int]:
     owner = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids).masked_fill(mask == 0, -1)
 
     def reference() -> dict[str, Tensor]:
-        with watched.no_grad_written():
-            logits = call(watched, rows).logits[-1]
-            valid = (rows.target[-1] != IGNORE).to(logits.device)
-            nn.functional.cross_entropy(logits[valid], rows.target[-1].to(logits.device)[valid]).backward()
-            return watched.gradients()
+        logits = call(watched, rows).logits[-1]
+        valid = (rows.target[-1] != IGNORE).to(logits.device)
+        logits, target = logits[valid], rows.target[-1].to(logits.device)[valid]
+        _refuse_mixing(watched, ids[-1:, : len(target) + 1], logits.detach(), _epsilon(watched))
+        return watched.gradients_of(nn.functional.cross_entropy(logits, target))
 
     def measure(comparison: Comparison) -> Tape:
         weights = torch.zeros(len(ids), dtype=dtype, device=ids.device)
         weights[-1] = 1
         examples = Examples(owner, len(ids), weights, list(range(len(ids))))
         tape = Tape(watched.owners, comparison, watched.selected, {}, True, How(impl=impl), failures={})  # type: ignore[arg-type]
-        backward_under(watched, tape, rows, examples, transform, Convention(impl=impl))
+        with warnings.catch_warnings():  # a module that is tried on other shapes may warn of anything
+            warnings.simplefilter("ignore")
+            backward_under(watched, tape, rows, examples, transform, Convention(impl=impl))
         return tape
 
     in_head = frozenset(name for (module, _), name in watched.names.items() if module in set(watched.head.modules()))
     modules = dict(watched.inner.named_modules())
+    for module in watched.owners:
+        module.tier = "uses" if module_rule(module) is None else "module"
     return choose_rules(watched.owners, sums, in_head, reference, measure, modules, _epsilon(watched))
+
+
+def _refuse_mixing(watched: Watched, ids: Tensor, logits: Tensor, eps: float) -> None:
+    """Compare logits `[T, V]` of a row among others with those of the same tokens alone."""
+    with torch.no_grad():
+        alone = model_forward(watched.inner, ids).logits[0, : len(logits)]
+    difference = float((logits.double() - alone.double()).norm() / alone.double().norm())
+    if difference > max(1e-3, 32 * eps):
+        raise ValueError(
+            f"model: {type(watched.base).__name__} mixes the examples of a batch: a row's logits change by {difference:.2g} of "
+            "their size with other rows beside it; its examples have no gradients of their own"
+        )
 
 
 def _epsilon(watched: Watched) -> float:

@@ -19,10 +19,10 @@ from fastforget.fisher.examples import Examples
 from fastforget.fisher.experts import experts_rule, is_experts
 from fastforget.fisher.gradients import PerExample, Piece
 from fastforget.fisher.recompute import broadcast, by_example
-from fastforget.fisher.tape import NoRule, Owner, Tape, tap
+from fastforget.fisher.tape import Owner, Tape, tap
 from fastforget.fisher.uses import Uses
 
-__all__ = ["fisher_rule", "forward_by_tier"]
+__all__ = ["fisher_rule", "forward_by_tier", "module_rule"]
 
 ModuleRule = Callable[[Any, Examples, Mapping[str, Any], tuple[Tensor | None, ...]], Mapping[str, Piece | Tensor]]
 MODULES: dict[Any, ModuleRule] = {}
@@ -73,7 +73,7 @@ def forward_by_tier(
     if owner.tier == "uses":
         with Uses(tape, owner):
             return original(*args, **kwargs)
-    rule = _module_rule(owner) if owner.tier == "module" else None
+    rule = module_rule(owner) if owner.tier == "module" else None
     before = torch.get_rng_state(), _device_state(args, kwargs)
     with tape.without_gradients(owner):
         outputs = original(*args, **kwargs)
@@ -129,13 +129,19 @@ def _device_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.empty(0)
 
 
-def _module_rule(owner: Owner) -> ModuleRule:
+def module_rule(owner: Owner) -> ModuleRule | None:
+    """The rule that an owner's class has, by itself or as transformers' experts.
+
+    Args:
+        owner: The module.
+
+    Returns:
+        The rule or None.
+    """
+    if any(path != owner.path for path, _ in owner.parameters):
+        return None
     rule = MODULES.get(getattr(type(owner.module), "forward", None))
-    if rule is None and is_experts(owner.module):
-        rule = experts_rule
-    if rule is None or any(path != owner.path for path, _ in owner.parameters):
-        raise NoRule(owner.path)
-    return rule
+    return experts_rule if rule is None and is_experts(owner.module) else rule
 
 
 def _by_name(owner: Owner, results: Mapping[str, Piece | Tensor]) -> dict[str, Piece]:

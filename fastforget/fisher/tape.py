@@ -50,7 +50,7 @@ class Owner:
     parameters: dict[tuple[str, str], str]
     """(path of the module that holds it, attribute) -> name; the module's own, or also its children's."""
     holders: dict[str, nn.Module]  # by path
-    tier: str = "module"
+    tier: str = "uses"
 
     @property
     def slow(self) -> bool:
@@ -134,7 +134,7 @@ class Tape:
         wanted = not self.selected.isdisjoint(owner.parameters.values())
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.paused or self.examples is None:
+            if self.paused or self.examples is None or not (self.detach or torch.is_grad_enabled()):
                 return original(*args, **kwargs)
             if not wanted:
                 with self.without_gradients(owner):
@@ -143,15 +143,15 @@ class Tape:
                 try:
                     return forward_by_tier(self, owner, original, args, kwargs)
                 except (NoRule, LayoutError) as error:
-                    if owner.tier != TIERS[-1]:
-                        owner.tier = TIERS[TIERS.index(owner.tier) + 1]
-                    elif self.failures is None:
+                    if self.failures is None:
                         raise ValueError(
-                            f"model: {owner.path} was not told apart by example as when it was checked"
+                            f"model: {owner.path} cannot be told apart by example as when its rule was chosen ({error}); a "
+                            "model whose code path or layout changes from batch to batch is not supported"
                         ) from error
-                    else:
+                    if owner.tier == TIERS[-1]:
                         self.failures[owner.path] = error
                         return original(*args, **kwargs)
+                    owner.tier = TIERS[TIERS.index(owner.tier) + 1]
                 except Exception as error:
                     if self.failures is None or owner.tier in ("module", "uses"):
                         raise
@@ -200,8 +200,7 @@ class Tape:
         """
         if name not in self.selected:
             return
-        if examples not in self.batches:
-            self.batches.append(examples)
+        self.begin(examples)
         if name in examples.done:
             raise ValueError(
                 f"model: {name} was used more than {self.expected[name]} times in one forward, as often as when its rule "
@@ -213,6 +212,11 @@ class Tape:
         if len(pieces) == self.expected.get(name):
             examples.done.add(name)
             self._accumulate(examples, name, examples.waiting.pop(name))
+
+    def begin(self, examples: Examples) -> None:
+        """Something of a batch is about to be added."""
+        if examples not in self.batches:
+            self.batches.append(examples)
 
     def flush(self) -> None:
         """Accumulate what waits for uses that did not come."""
@@ -234,6 +238,10 @@ class Tape:
                     f'per: "position" is not defined for {name}, whose rule sees whole examples; exclude it by parameters=, '
                     'or use per="example"'
                 ) from error
+            except Exception:
+                if self.failures is None:
+                    raise
+                self.bypassed.add(name)  # a rule's result that does not fit the parameter
 
 
 def tap(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -89,6 +90,22 @@ class Watched:
             for name, parameter in self.parameters.items():
                 parameter.grad = saved[name]
 
+    def gradients_of(self, loss: Tensor) -> dict[str, Tensor]:
+        """Gradients of the wanted parameters; `.grad` is not touched, and hooks of accumulated gradients do not run.
+
+        Args:
+            loss: A scalar.
+
+        Returns:
+            By name, of those that the loss depends on; this rank's part under FSDP2.
+        """
+        if self.sharded:  # only an accumulated gradient is reduced and scattered
+            with self.no_grad_written():
+                loss.backward()
+                return self.gradients()
+        found = torch.autograd.grad(loss, list(self.wanted.values()), allow_unused=True)
+        return {name: grad for name, grad in zip(self.wanted, found, strict=True) if grad is not None}
+
     def gradients(self) -> dict[str, Tensor]:
         """`.grad` of the wanted parameters that have one; this rank's part under FSDP2."""
         return {n: local(p.grad) for n, p in self.wanted.items() if p.grad is not None}
@@ -101,6 +118,19 @@ class Watched:
             if isinstance(parameter, DTensor):
                 return dist.group.WORLD
         return None
+
+    def refuse_changes(self) -> None:
+        """Refuse a model whose trainable parameters are others than when it was taken.
+
+        Raises:
+            ValueError: They are.
+        """
+        now = {id(parameter) for parameter in self.inner.parameters() if parameter.requires_grad}
+        if now != {id(parameter) for parameter in self.parameters.values()}:
+            raise ValueError(
+                "model: other parameters require a gradient than when the estimator was made; make a new DiagonalFisher, and "
+                "leave parameters out by parameters="
+            )
 
     @property
     def sharded(self) -> bool:
