@@ -258,6 +258,8 @@ class _Probe:
 
     def __call__(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         self.hidden = hidden
+        kind = hidden.device.type  # accelerate switches autocast on inside the model's forward
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         self.weight, self.bias = head_weight(self.head)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         probe = torch.tensor(self.values, device=hidden.device, dtype=dtype)
@@ -290,7 +292,7 @@ def _measure_transform(
     # A weak leak may hide in the loss: the hidden states before the last token must not see whether it is attended.
     with_later, with_padding = probe.hidden[:, :-1].double()
     leak = float((with_later - with_padding).norm() / with_padding.norm())
-    if leak > 1e-4 + 8 * torch.finfo(probe.hidden.dtype).eps:
+    if leak > 1e-4 + 8 * torch.finfo(probe.dtype).eps:
         raise ValueError(
             f"model: {name} is not causal: a later token changes its hidden states by {leak:.2g} of their size; "
             "expected a causal language model"
@@ -299,9 +301,8 @@ def _measure_transform(
     expected = torch.logsumexp(logits, 1) - logits.gather(1, target.to(logits.device)[:, None])[:, 0]
     finite = expected.isfinite()  # a diverged model is measured, as NaN, and checked when it is finite again
     device = probe.hidden.device
-    computed = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else probe.hidden.dtype
     largest = float(logits[finite].abs().max()) if finite.any() else 0.0
-    tolerance = max(2 * torch.finfo(computed).eps, 1e-4) * (1 + largest)
+    tolerance = max(2 * torch.finfo(probe.dtype).eps, 1e-4) * (1 + largest)
     for row, change in ((0, "a later token"), (1, "padding")):
         loss = linear_cross_entropy(
             probe.hidden[row, :-1],

@@ -113,13 +113,16 @@ def test_training_that_is_interrupted_can_begin_again(model: Any, tmp_path: Path
             raise KeyboardInterrupt
 
     handle = model.register_forward_pre_hook(interrupt)
-    trainer = trainer_of(model, ROWS, tmp_path, ff.FisherCallback(fisher))
+    callback = ff.FisherCallback(fisher)
+    trainer = trainer_of(model, ROWS, tmp_path, callback)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     handle.remove()
-    assert not any("forward" in vars(module) for module in model.modules())
+    callback.on_train_begin(trainer.args, None, None)  # as its next training does
     fisher = ff.DiagonalFisher(model)
-    trainer_of(model, ROWS, tmp_path, ff.FisherCallback(fisher)).train()
+    callback = ff.FisherCallback(fisher)
+    assert not any("forward" in vars(module) for module in model.modules())
+    trainer_of(model, ROWS, tmp_path, callback).train()
     assert_exact(fisher.diagonal(), batch_1_fisher(model, ROWS), torch.float64)
 
 

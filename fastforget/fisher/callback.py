@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from fastforget._head import unwrapped
@@ -37,6 +38,16 @@ class FisherCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave a step that an interrupt has left open."""
         self._observed.close()
+        if args.fp16:
+            raise ValueError(
+                "FisherCallback: expected fp16=False, whose loss scaler changes from step to step; use bf16"
+            )
+        if self.fisher.per == "batch_mean" and args.max_grad_norm:
+            raise ValueError(
+                'FisherCallback: expected max_grad_norm=0 with per="batch_mean", got clipped gradients to square'
+            )
+        if args.world_size > 1:
+            self.fisher._watched.processes = torch.distributed.group.WORLD
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to observe."""
@@ -54,7 +65,8 @@ class FisherCallback(TrainerCallback):
         if state.global_step % self.every:
             return
         # Trainer multiplies its loss by the processes that the number of targets was summed over.
-        shared = getattr(args, "average_tokens_across_devices", False) and self.fisher.per != "batch_mean"
+        shared = getattr(args, "average_tokens_across_devices", False) and _counts_targets(kwargs["model"])
+        shared = shared and self.fisher.per != "batch_mean"
         factor = float(args.world_size) if shared else 1.0
         self._observed.enter_context(self.fisher.observe(loss_factor=factor, fuse_grad=self.fuse_grad))
 

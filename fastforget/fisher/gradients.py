@@ -111,8 +111,6 @@ class Outer:
             return
         options = {"weights": segments.weights, "grad_weight": self.grad_weight, "impl": how.impl}
         fisher_accumulate_(fisher, a, d, segments.offsets, **options)
-        # What is not finite in a token's gradient, or activation, is in a whole row, or column.
-        examples.suspect |= ~(fisher[:, :1].sum() + fisher[:1].sum()).isfinite()
 
     def example(self, shape: torch.Size, examples: Examples, b: int) -> Tensor:
         """See `Piece`."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastforget._head import swapped_forward
+from fastforget._head import current_forward, swapped_forward
 from fastforget.fisher.examples import Examples
 from fastforget.fisher.passes import NonFiniteError, example_weights
 from fastforget.fisher.tape import Tape
@@ -57,12 +57,13 @@ class Observer:
 
     def __post_init__(self) -> None:
         self.batches: list[Batch] = []
+        self.before = {name: _state_of(p.grad) for name, p in self.watched.wanted.items()}
         self.calls = 0
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """The model's forward is observed inside."""
-        original = self.watched.base.forward
+        original = current_forward(self.watched.base)
 
         @functools.wraps(original)  # its signature is read
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -79,8 +80,9 @@ class Observer:
                     f"loss: expected a finite loss of the observed call, got {float(loss.detach())}; leave such examples out",
                     batch.examples.ids,
                 )
-            if len(self.batches) == 0:
+            if not self.watched.loss_checked:
                 self._check_loss(call, output)
+                self.watched.loss_checked = True
             self.batches.append(batch)
             return output
 
@@ -103,6 +105,13 @@ class Observer:
                 f"observe: expected loss.backward() of an observed forward inside the `with` block, got {what}; "
                 "both have to run inside it"
             )
+        for name, parameter in self.watched.wanted.items():
+            seen = all(name in batch.examples.done for batch in done)
+            if name in self.tape.expected and not seen and _state_of(parameter.grad) != self.before[name]:
+                raise ValueError(
+                    f"model: {name} was used in a way that no rule saw when it was called with labels; use update(), or "
+                    "compute the loss from the logits"
+                )
         return done
 
     def _check_loss(self, call: dict[str, Any], output: Any) -> None:
@@ -123,6 +132,23 @@ class Observer:
             raise ValueError(
                 f"model: its loss is {value:.4g}, but the mean negative log-likelihood of the shifted labels is "
                 f"{expected:.4g}; observe() cannot undo another loss. Compute the loss from the logits, or use update()"
+            )
+
+    def _refuse_mixed_rows(self, call: dict[str, Any]) -> None:
+        """Packed rows, in which transformers lets the examples see each other unless it is told by position_ids alone."""
+        config = self.watched.base.config
+        if "flash" in str(getattr(config, "_attn_implementation", "")):
+            return
+        cached = call.get("use_cache")
+        if getattr(config, "use_cache", False) if cached is None else cached:
+            raise ValueError(
+                "observe: expected use_cache=False with several examples in a row, got a call with a cache, which lets them "
+                "see each other; pass use_cache=False to the model"
+            )
+        if call.get("attention_mask") is not None:
+            raise ValueError(
+                "attention_mask: expected None with several examples in a row, which it lets see each other; position_ids "
+                "tell them apart"
             )
 
     def _read(self, call: dict[str, Any]) -> Batch:
@@ -154,6 +180,8 @@ class Observer:
                 f"labels: expected -100 at padding and at the first token of each packed example, got a target at row {row}, "
                 f"token {column + 1}: its loss belongs to another example, or to none"
             )
+        if count > len(ids):
+            self._refuse_mixed_rows(call)
         counted = owner[:, 1:][target]
         tokens = torch.bincount(counted, minlength=count)
         dtype = next(iter(self.tape.sums.tensors.values())).dtype
@@ -204,6 +232,11 @@ def owners_of(
     before = per_row.cumsum(0) - per_row
     owner = before[:, None] + starts.cumsum(1) - 1
     return owner.masked_fill(~attended, -1), int(per_row.sum())
+
+
+def _state_of(grad: Tensor | None) -> tuple[int, int] | None:
+    """What changes when a gradient is accumulated."""
+    return None if grad is None else (id(grad), grad._version)
 
 
 def _arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

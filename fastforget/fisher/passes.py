@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +99,9 @@ def backward_under(
     )
     choosing = tape.failures is not None  # a forward that is tried twice saves other tensors than its repetition
     checkpoints = contextlib.nullcontext() if choosing else checkpointed(watched.inner)
-    with watched.no_grad_written():
+    with contextlib.ExitStack() as stack:
+        stack.callback(head.losses.clear)  # they hold the graph, which holds the head
+        stack.enter_context(watched.no_grad_written())
         with tape.running(), checkpoints, swapped_forward(watched.head, head):
             call(watched, rows)
             if not head.losses:
@@ -203,9 +206,17 @@ def _listed(ids: Sequence[Any]) -> str:
 
 def _row_ids(examples: Examples) -> Tensor:
     """`[R, T]` int64: a number of its own for every token of every example, for the draws of labels."""
-    numbers = [i if isinstance(i, int) and 0 <= i < 2**38 else hash_of(i) for i in examples.ids]
+    numbers = [_number_of(i) for i in examples.ids]
     first = torch.tensor(numbers, dtype=torch.int64, device=examples.owner.device)[:, None] << 24
     return first + torch.arange(examples.width, device=examples.owner.device)
+
+
+def _number_of(value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        return hash_of(value)
+    return number if 0 <= number < 2**38 else hash_of(number)
 
 
 def hash_of(value: Any) -> int:
@@ -267,11 +278,13 @@ def choose_rules_on(watched: Watched, sums: Sums, impl: str) -> dict[str, int]:
     dtype = next(iter(sums.tensors.values())).dtype
     owner = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids).masked_fill(mask == 0, -1)
 
+    eps = _epsilon(watched, rows)
+
     def reference() -> dict[str, Tensor]:
         logits = call(watched, rows).logits[-1]
         valid = (rows.target[-1] != IGNORE).to(logits.device)
         logits, target = logits[valid], rows.target[-1].to(logits.device)[valid]
-        _refuse_mixing(watched, ids[-1:, : len(target) + 1], logits.detach(), _epsilon(watched))
+        _refuse_mixing(watched, ids[-1:, : len(target) + 1], logits.detach(), eps)
         return watched.gradients_of(nn.functional.cross_entropy(logits, target))
 
     def measure(comparison: Comparison) -> Tape:
@@ -288,7 +301,7 @@ def choose_rules_on(watched: Watched, sums: Sums, impl: str) -> dict[str, int]:
     modules = dict(watched.inner.named_modules())
     for module in watched.owners:
         module.tier = "uses" if module_rule(module) is None else "module"
-    return choose_rules(watched.owners, sums, in_head, reference, measure, modules, _epsilon(watched))
+    return choose_rules(watched.owners, sums, in_head, reference, measure, modules, eps)
 
 
 def _refuse_mixing(watched: Watched, ids: Tensor, logits: Tensor, eps: float) -> None:
@@ -303,12 +316,17 @@ def _refuse_mixing(watched: Watched, ids: Tensor, logits: Tensor, eps: float) ->
         )
 
 
-def _epsilon(watched: Watched) -> float:
-    """Rounding of the coarsest dtype that the model computes in."""
+def _epsilon(watched: Watched, rows: PackedRows) -> float:
+    """Rounding of the coarsest dtype that the model computes in; accelerate switches autocast on inside its forward."""
     dtypes = {p.dtype if p.is_floating_point() else torch.bfloat16 for p in watched.inner.parameters()}  # or quantised
-    kind = next(watched.inner.parameters()).device.type
-    if torch.is_autocast_enabled(kind):
-        dtypes.add(torch.get_autocast_dtype(kind))
+
+    def head(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        kind = hidden.device.type
+        dtypes.add(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype)
+        return hidden.new_zeros(*hidden.shape[:-1], 1)
+
+    with torch.no_grad(), swapped_forward(watched.head, head):
+        call(watched, rows)
     return max(torch.finfo(dtype).eps if dtype.itemsize > 1 else 2**-7 for dtype in dtypes)
 
 

@@ -98,7 +98,8 @@ def by_example(
     """
     leaves, arguments = pytree.tree_flatten(inputs)
     leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    by_row = owner.tier == "slice" and examples.one_a_row
+    # With as many rows as tokens an input's dimension could be either: all rows then.
+    by_row = owner.tier == "slice" and examples.one_a_row and examples.rows != examples.width
     parameters = {name: tensor.detach() for name, tensor in owner.tensors().items()}
 
     def gradients(b: int, wanted: list[str]) -> list[Tensor]:

@@ -6,6 +6,7 @@ through, for most norms.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,6 +87,10 @@ class Uses(TorchFunctionMode):
                 return derived
         if func not in FUNCTIONS or (any(use.transposed for use in used) and FUNCTIONS[func] is not _product):
             raise NoRule(func)
+        try:
+            SIGNATURES[func].bind(self, func, *args, **kwargs)
+        except TypeError as error:
+            raise NoRule(func) from error
         return FUNCTIONS[func](self, func, *args, **kwargs)
 
     def stands(self, value: Any) -> bool:
@@ -294,3 +299,4 @@ for _names, _rule in (
         FUNCTIONS[getattr(Tensor, _name)] = _rule
         if hasattr(torch, _name):
             FUNCTIONS[getattr(torch, _name)] = _rule
+SIGNATURES = {function: inspect.signature(rule) for function, rule in FUNCTIONS.items()}

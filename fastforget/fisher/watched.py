@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +25,9 @@ __all__ = ["Watched", "checkpointed", "local", "uncompiled"]
 Filter = str | Sequence[str] | Callable[[str], bool] | None
 
 
+logger = logging.getLogger("fastforget")
+
+
 class Watched:
     """A model's trainable parameters under their canonical names.
 
@@ -41,6 +45,8 @@ class Watched:
         self.base: Any = self.inner.get_base_model() if hasattr(self.inner, "get_base_model") else self.inner
         self.head = find_head(model)
         self.owners: list[Owner] = []
+        self.loss_checked = False  # that the model's own loss is the one that `observe` undoes
+        self.processes: dist.ProcessGroup | None = None  # of a wrapper that only the caller sees
         self.names: dict[tuple[nn.Module, str], str] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self.aliases: dict[str, str] = {}
@@ -62,7 +68,12 @@ class Watched:
             if own:
                 self.owners.append(Owner(path, module, own, {path: module}))
         self._leave_to_children()
-        self.selected = _chosen(list(self.parameters), wanted)
+        self._taken = {id(p): p.dtype for p in self.inner.parameters() if p.requires_grad}
+        also = {name: [alias for alias, of in self.aliases.items() if of == name] for name in self.parameters}
+        self.selected = _chosen(also, wanted)
+        frozen = sum(not parameter.is_floating_point() for parameter in self.inner.parameters())
+        if frozen:
+            logger.warning("DiagonalFisher: %d quantised parameters are frozen, and have no Fisher", frozen)
         self.aliases = {alias: name for alias, name in self.aliases.items() if name in self.selected}
 
     def _leave_to_children(self) -> None:
@@ -114,6 +125,8 @@ class Watched:
         """The processes whose sums are added to this one's: DDP's, or the mesh's under FSDP2; None for a single process."""
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             return self.model.process_group
+        if self.processes is not None:
+            return self.processes
         for parameter in self.parameters.values():
             if isinstance(parameter, DTensor):
                 return dist.group.WORLD
@@ -125,11 +138,11 @@ class Watched:
         Raises:
             ValueError: They are.
         """
-        now = {id(parameter) for parameter in self.inner.parameters() if parameter.requires_grad}
-        if now != {id(parameter) for parameter in self.parameters.values()}:
+        now = {id(p): p.dtype for p in self.inner.parameters() if p.requires_grad}
+        if now != self._taken:
             raise ValueError(
-                "model: other parameters require a gradient than when the estimator was made; make a new DiagonalFisher, and "
-                "leave parameters out by parameters="
+                "model: other parameters require a gradient, or have another dtype, than when the estimator was made; make "
+                "a new DiagonalFisher, and leave parameters out by parameters="
             )
 
     @property
@@ -138,18 +151,22 @@ class Watched:
         return any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
 
 
-def _chosen(names: list[str], wanted: Filter) -> frozenset[str]:
+def _chosen(names: dict[str, list[str]], wanted: Filter) -> frozenset[str]:
+    """Names that are wanted, by their own or an alias."""
     if wanted is None:
         chosen = frozenset(names)
     elif callable(wanted):
-        chosen = frozenset(name for name in names if wanted(name))
+        chosen = frozenset(name for name, also in names.items() if any(map(wanted, (name, *also))))
     else:
         patterns = [wanted] if isinstance(wanted, str) else list(wanted)
-        chosen = frozenset(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+        matching = {
+            n for n, also in names.items() for p in patterns if any(fnmatch.fnmatchcase(m, p) for m in (n, *also))
+        }
+        chosen = frozenset(matching)
     if chosen:
         return chosen
     what = (
-        f"{wanted!r} matches none of {len(names)} names such as {names[0]!r}"
+        f"{wanted!r} matches none of {len(names)} names such as {next(iter(names))!r}"
         if names
         else "all have requires_grad=False"
     )
