@@ -36,8 +36,10 @@ class FisherCallback(TrainerCallback):
         self._observed = contextlib.ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave a step that an interrupt has left open."""
-        self._observed.close()
+        """Leave a step that an interrupt has left open: its examples do not count."""
+        stopped = RuntimeError("the training stopped inside a step")
+        with contextlib.suppress(RuntimeError):
+            self._observed.__exit__(RuntimeError, stopped, None)
         if args.fp16:
             raise ValueError(
                 "FisherCallback: expected fp16=False, whose loss scaler changes from step to step; use bf16"
