@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from fastforget._head import unwrapped
 from fastforget.fisher.estimator import DiagonalFisher
 
 __all__ = ["FisherCallback"]
@@ -40,10 +38,6 @@ class FisherCallback(TrainerCallback):
         stopped = RuntimeError("the training stopped inside a step")
         with contextlib.suppress(RuntimeError):
             self._observed.__exit__(RuntimeError, stopped, None)
-        if args.fp16:
-            raise ValueError(
-                "FisherCallback: expected fp16=False, whose loss scaler changes from step to step; use bf16"
-            )
         if self.fisher.per == "batch_mean" and args.max_grad_norm:
             raise ValueError(
                 'FisherCallback: expected max_grad_norm=0 with per="batch_mean", got clipped gradients to square'
@@ -55,33 +49,10 @@ class FisherCallback(TrainerCallback):
         """Begin to observe."""
         if args.label_smoothing_factor:
             raise ValueError("FisherCallback: expected label_smoothing_factor=0, whose loss is no log-likelihood")
-        if (
-            args.gradient_accumulation_steps > 1
-            and self.fisher.per != "batch_mean"
-            and not _counts_targets(kwargs["model"])
-        ):
-            raise ValueError(
-                "FisherCallback: expected gradient_accumulation_steps=1 for a model whose forward takes no "
-                "num_items_in_batch: Trainer divides its loss by a number of micro-batches that is not known here"
-            )
         if state.global_step % self.every:
             return
-        # Trainer multiplies its loss by the processes that the number of targets was summed over.
-        shared = getattr(args, "average_tokens_across_devices", False) and _counts_targets(kwargs["model"])
-        shared = shared and self.fisher.per != "batch_mean"
-        factor = float(args.world_size) if shared else 1.0
-        self._observed.enter_context(self.fisher.observe(loss_factor=factor, fuse_grad=self.fuse_grad))
+        self._observed.enter_context(self.fisher.observe(fuse_grad=self.fuse_grad))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The step's last backward has run."""
         self._observed.close()
-
-
-def _counts_targets(model: Any) -> bool:
-    """Whether Trainer gives the model the number of targets of all micro-batches, by its own rule."""
-    inner = unwrapped(model)
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    if hasattr(base, "accepts_loss_kwargs"):
-        return bool(base.accepts_loss_kwargs)
-    parameters = inspect.signature(base.forward).parameters.values()
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)

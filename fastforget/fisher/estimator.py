@@ -185,7 +185,8 @@ class DiagonalFisher:
             loss_denominator: What the summed loss was divided by; default: `num_items_in_batch` if the model is called with
                 it, else the number of targets of the call.
             weights: `[B]` >= 0 of each call's examples; default 1.
-            loss_factor: What the loss is multiplied by before the backward, besides.
+            loss_factor: What the loss is multiplied by before the backward, besides. What the model's own loss is
+                multiplied by is found where neither of the two is given.
             fuse_grad: Compute the weights' `.grad` in the same pass as the Fisher: cheaper, and equal up to rounding.
 
         Yields:

@@ -83,6 +83,8 @@ class Observer:
             if not self.watched.loss_checked:
                 self._check_loss(call, output)
                 self.watched.loss_checked = True
+            if loss is not None and loss.requires_grad and self.denominator is None and self.factor == 1.0:
+                loss.register_hook(functools.partial(_undo, batch.examples))
             self.batches.append(batch)
             return output
 
@@ -232,6 +234,11 @@ def owners_of(
     before = per_row.cumsum(0) - per_row
     owner = before[:, None] + starts.cumsum(1) - 1
     return owner.masked_fill(~attended, -1), int(per_row.sum())
+
+
+def _undo(examples: Examples, grad: Tensor) -> None:
+    """The gradient that arrives at the model's loss is what the caller multiplied it by: accumulation, a loss scaler."""
+    examples.weights = examples.weights / grad.detach().to(examples.weights) ** 2
 
 
 def _state_of(grad: Tensor | None) -> tuple[int, int] | None:

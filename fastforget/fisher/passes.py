@@ -294,7 +294,12 @@ def choose_rules_on(watched: Watched, sums: Sums, impl: str) -> dict[str, int]:
         tape = Tape(watched.owners, comparison, watched.selected, {}, True, How(impl=impl), failures={})  # type: ignore[arg-type]
         with warnings.catch_warnings():  # a module that is tried on other shapes may warn of anything
             warnings.simplefilter("ignore")
-            backward_under(watched, tape, rows, examples, transform, Convention(impl=impl))
+            try:
+                backward_under(watched, tape, rows, examples, transform, Convention(impl=impl))
+            except NonFiniteError as error:
+                raise ValueError(
+                    "model: its loss on made-up tokens is NaN or infinite; do its weights hold NaN?"
+                ) from error
         return tape
 
     in_head = frozenset(name for (module, _), name in watched.names.items() if module in set(watched.head.modules()))
