@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastforget._head import eval_mode
+from fastforget.fisher.batch_mean import add_squares_, losses_and_gradient, one_step
+from fastforget.fisher.counts import Counts
 from fastforget.fisher.examples import Examples
 from fastforget.fisher.gradients import How
 from fastforget.fisher.observe import Observer
@@ -26,14 +28,12 @@ from fastforget.fisher.passes import (
     choose_rules_on,
     example_weights,
     refuse_nonfinite_gradients,
-    refuse_nonfinite_losses,
     transform_of,
 )
 from fastforget.fisher.sums import Sums
 from fastforget.fisher.tape import Tape
 from fastforget.fisher.watched import Filter, Watched, local, uncompiled
-from fastforget.ops import square_accumulate_
-from fastforget.perplexity import IGNORE, PackedRows, check_batch, log_perplexity, pack_rows
+from fastforget.perplexity import IGNORE, check_batch, log_perplexity, pack_rows
 
 __all__ = ["DiagonalFisher"]
 
@@ -103,8 +103,7 @@ class DiagonalFisher:
         self._watched = Watched(model, parameters)
         self._sums = Sums(self._watched.wanted, offload)
         self._uses: dict[str, int] | None = None  # of every parameter in one forward, once the rules are chosen
-        self._weight_sum, self._examples, self._tokens = 0.0, 0, 0
-        self._skipped: list[Any] = []
+        self._counts = Counts()
         self._invalid: str | None = None
 
     # Ways in ----------------------------------------------------------------------------------------------------------
@@ -152,14 +151,25 @@ class DiagonalFisher:
                 owner = owner.masked_fill(~rows.attended, -1)
             examples = Examples(owner, count, given / self.samples, ids)
             if self.per == "batch_mean":
-                losses = self._add_batch_mean(rows, examples, input_ids, attention_mask, labels, position_ids)
+                loss = log_perplexity(
+                    watched.model,
+                    input_ids,
+                    attention_mask,
+                    labels,
+                    position_ids=position_ids,
+                    reduction=self.loss,
+                    impl=self._impl,
+                )
+                losses, gradients = losses_and_gradient(watched, examples, loss, (rows.target != IGNORE).sum(1))
+                with self._all_or_invalid(lambda: self._sums.adding):
+                    add_squares_(self._sums, gradients, self._impl)
             else:
                 seeds = tuple((self.seed << 16) + i for i in range(self.samples)) if self.labels == "sampled" else None
                 tape = self._tape(detach=True)
-                with self._all_or_invalid(tape):
+                with self._all_or_invalid(lambda: bool(tape.batches)):
                     convention = Convention(self.loss, seeds, self._impl)
                     losses = backward_under(watched, tape, rows, examples, transform, convention)
-        self._count(examples.ids, given, losses.tokens)
+        self._counts.add(examples.ids, given, losses.tokens, step=self.per == "batch_mean")
         self._refuse_nonfinite([examples])
         return losses
 
@@ -217,20 +227,24 @@ class DiagonalFisher:
             )
         with self._active(), uncompiled(watched.model):
             if self.per == "batch_mean":
-                yield from self._observe_step()
+                with self._all_or_invalid(lambda: self._sums.adding):
+                    yield from one_step(watched, self._sums, self._impl)
+                self._counts.weight += 1
+                self._counts.examples += 1
                 return
             with eval_mode(watched.inner), torch.enable_grad():
                 self._choose_rules()
             tape = self._tape(detach=False, fuse_grad=fuse_grad)
-            first = self._examples + len(self._skipped)
-            observer = Observer(watched, tape, labels, loss_denominator, loss_factor, weights, self.loss, first)
-            with self._all_or_invalid(tape):
+            observer = Observer(
+                watched, tape, labels, loss_denominator, loss_factor, weights, self.loss, self._counts.seen
+            )
+            with self._all_or_invalid(lambda: bool(tape.batches)):
                 with tape.running(), observer.running():
                     yield
                 batches = observer.finished()
                 tape.flush()
         for batch in batches:
-            self._count(batch.examples.ids, batch.weights, batch.tokens)
+            self._counts.add(batch.examples.ids, batch.weights, batch.tokens, step=False)
         self._refuse_nonfinite([batch.examples for batch in batches])
 
     # Results ----------------------------------------------------------------------------------------------------------
@@ -247,7 +261,7 @@ class DiagonalFisher:
             ValueError: Nothing was added yet, or the estimate is invalid.
         """
         self._refuse_invalid()
-        total = self._over_processes(self._weight_sum)
+        total = self._over_processes(self._counts.weight)
         if not total > 0:
             raise ValueError(
                 "fisher: expected at least one example with a target and a weight > 0; call update() first"
@@ -285,10 +299,10 @@ class DiagonalFisher:
             "loss": self.loss,
             "samples": self.samples,
             "seed": self.seed,
-            "examples": int(self._over_processes(self._examples)),
-            "tokens": int(self._over_processes(self._tokens)),
-            "weight_sum": self._over_processes(self._weight_sum),
-            "skipped": int(self._over_processes(len(self._skipped))),
+            "examples": int(self._over_processes(self._counts.examples)),
+            "tokens": int(self._over_processes(self._counts.tokens)),
+            "weight_sum": self._over_processes(self._counts.weight),
+            "skipped": int(self._over_processes(len(self._counts.skipped))),
             "dtype": ", ".join(dtypes),
             "aliases": self._watched.aliases,
             "fastforget": __version__,
@@ -308,7 +322,7 @@ class DiagonalFisher:
     @property
     def skipped(self) -> list[Any]:
         """Ids of the examples without a target, which do not count."""
-        return list(self._skipped)
+        return list(self._counts.skipped)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the estimate as safetensors with its metadata; whole or not at all.
@@ -335,9 +349,8 @@ class DiagonalFisher:
             Tensors, which later updates change.
         """
         self._refuse_invalid()
-        counters = [self._weight_sum, self._examples, self._tokens, len(self._skipped)]
         sums = {f"sum.{name}": value for name, value in self._sums.tensors.items()}
-        return sums | {"counters": torch.tensor(counters, dtype=torch.float64)}
+        return sums | {"counters": self._counts.tensor()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state_dict` gave.
@@ -356,14 +369,12 @@ class DiagonalFisher:
             )
         for name, value in self._sums.tensors.items():
             value.copy_(state[f"sum.{name}"])
-        self._weight_sum, examples, tokens, skipped = state["counters"].tolist()
-        self._examples, self._tokens = int(examples), int(tokens)
-        self._skipped, self._invalid = [None] * int(skipped), None
+        self._counts, self._invalid = Counts.of(state["counters"]), None
 
     def __repr__(self) -> str:
         """One line."""
         convention = f"per={self.per!r}, labels={self.labels!r}, loss={self.loss!r}"
-        return f"DiagonalFisher({convention}, {len(self._sums.tensors)} tensors, {self._examples:,} examples)"
+        return f"DiagonalFisher({convention}, {len(self._sums.tensors)} tensors, {self._counts.examples:,} examples)"
 
     # Inside -----------------------------------------------------------------------------------------------------------
 
@@ -403,12 +414,12 @@ class DiagonalFisher:
             _ACTIVE.discard(base)
 
     @contextlib.contextmanager
-    def _all_or_invalid(self, tape: Tape) -> Iterator[None]:
+    def _all_or_invalid(self, begun: Callable[[], bool]) -> Iterator[None]:
         """An error after something was added makes the estimate invalid."""
         try:
             yield
         except BaseException as error:
-            if tape.batches:
+            if begun():
                 self._invalid = f"a batch failed after part of it had been added ({type(error).__name__})"
             raise
 
@@ -425,20 +436,12 @@ class DiagonalFisher:
 
     def _ids(self, given: Sequence[Any] | None, count: int) -> list[Any]:
         if given is None:
-            first = self._examples + len(self._skipped)
+            first = self._counts.seen
             rank = dist.get_rank() << 34 if self._watched.group() is not None else 0
             return [rank + first + i for i in range(count)]
         if len(given) != count:
             raise ValueError(f"example_ids: expected {count}, one an example, got {len(given)}")
         return list(given)
-
-    def _count(self, ids: Sequence[Any], weights: Tensor, tokens: Tensor) -> None:
-        counted = tokens.to(weights.device) > 0
-        total = float(weights[counted].sum(dtype=torch.float64))
-        self._weight_sum += float(total > 0) if self.per == "batch_mean" else total
-        self._examples += int(counted.sum())
-        self._tokens += int(tokens.sum())
-        self._skipped += [name for name, has in zip(ids, counted.tolist(), strict=True) if not has]
 
     def _over_processes(self, value: float) -> float:
         group = self._watched.group()
@@ -449,51 +452,3 @@ class DiagonalFisher:
         )
         dist.all_reduce(total, group=group)
         return float(total)
-
-    def _add_batch_mean(self, rows: PackedRows, examples: Examples, input_ids: Tensor, *rest: Tensor | None) -> Losses:
-        """Add the square of the gradient of the weighted mean loss, of the model as it is."""
-        watched = self._watched
-        tokens = (rows.target != IGNORE).sum(1)
-        loss = log_perplexity(
-            watched.model,
-            input_ids,
-            *rest[:2],
-            position_ids=rest[2],
-            reduction=self.loss,
-            impl=self._impl,
-        )
-        counts = (tokens > 0) & (examples.weights > 0)
-        losses = Losses(loss.detach().masked_fill(tokens == 0, torch.nan), tokens)
-        refuse_nonfinite_losses(losses, examples)
-        if bool(counts.any()):
-            weights = examples.weights[counts].to(loss.dtype)
-            self._add_squares(watched.gradients_of((loss[counts] * weights).sum() / weights.sum()))
-        return losses
-
-    def _observe_step(self) -> Iterator[None]:
-        """One optimizer step of the caller's, whose `.grad` is squared."""
-        watched = self._watched
-        if any(bool(grad.any()) for grad in watched.gradients().values()):
-            raise ValueError(
-                'observe: with per="batch_mean" the block is one optimizer step, but a .grad is there already; call '
-                "optimizer.zero_grad() before it"
-            )
-        yield
-        gradients = watched.gradients()
-        if not gradients:
-            raise ValueError("observe: expected loss.backward() inside the `with` block, got no gradient")
-        self._add_squares(gradients)
-        self._weight_sum += 1
-        self._examples += 1
-
-    def _add_squares(self, gradients: dict[str, Tensor]) -> None:
-        bad = [name for name, grad in gradients.items() if not bool(grad.isfinite().all())]
-        if bad:
-            raise NonFiniteError(f"gradient: expected finite gradients, got NaN or infinity in {bad[0]}; skip it", [])
-        self._invalid = "squares of gradients were added in part"
-        together = {name: grad for name, grad in gradients.items() if self._sums.tensors[name].device == grad.device}
-        square_accumulate_([self._sums.tensors[name] for name in together], list(together.values()), impl=self._impl)
-        for name in gradients.keys() - together.keys():  # offloaded
-            with self._sums.whole(name) as fisher:
-                square_accumulate_([fisher], [gradients[name]], impl=self._impl)
-        self._invalid = None

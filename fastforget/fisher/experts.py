@@ -6,14 +6,15 @@ segment. The modules say by attributes whether they have gates and biases, and w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastforget.fisher.examples import Examples, LayoutError, offsets_of
+from fastforget.fisher.examples import Examples, LayoutError
 from fastforget.fisher.gradients import Experts, PerExample, Piece, segment_sums
+from fastforget.ops._examples import remember_bounds
 
 __all__ = ["experts_rule", "is_experts"]
 
@@ -61,12 +62,7 @@ def experts_rule(
         for name in weights:
             bias = getattr(module, f"{name}_bias").detach()
             biases[name] = bias.new_zeros(examples.count, *bias.shape, dtype=examples.weights.dtype)
-    for expert in chosen.unique().tolist():
-        if not 0 <= expert < len(weights["down_proj"]):
-            continue  # a token that another process's expert takes
-        token, place = (chosen == expert).nonzero(as_tuple=True)
-        kept = owner[token] >= 0
-        token, place = token[kept], place[kept]
+    for expert, token, place, offsets in _routes(chosen, owner, examples.count, len(weights["down_proj"])):
         x, d = hidden[token], grad[token] * routing[token, place, None].to(grad.dtype)  # [K, H]
         before = _linear(module, up_name, expert, x).detach().requires_grad_()
         with torch.enable_grad():
@@ -76,9 +72,8 @@ def experts_rule(
         grad_inner = d @ (down.T if module.is_transposed else down).to(d.dtype)
         (grad_before,) = torch.autograd.grad(inner, before, grad_inner)
         for name, a, g in ((up_name, x, grad_before), ("down_proj", inner.detach(), d)):
-            pieces[name].experts.append((expert, a.to(g.dtype), g, owner[token]))
+            pieces[name].experts.append((expert, a.to(g.dtype), g, owner[token], offsets))
             if name in biases:
-                offsets = offsets_of(owner[token], examples.count)
                 biases[name][:, expert] = segment_sums(g.to(biases[name].dtype), offsets)
     return {**pieces, **{f"{name}_bias": PerExample(value) for name, value in biases.items()}}
 
@@ -87,3 +82,26 @@ def _linear(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
     weight = getattr(module, name)[expert]
     result = x @ (weight if module.is_transposed else weight.T)
     return result + getattr(module, f"{name}_bias")[expert] if module.has_bias else result
+
+
+def _routes(chosen: Tensor, owner: Tensor, count: int, experts: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Sort the choices by expert and example: one copy from the device, not one an expert.
+
+    Yields:
+        Expert, its tokens by example, which of their k choices it was, and offsets `[B + 1]`; experts without tokens do
+        not occur.
+    """
+    expert, of = chosen.flatten(), owner.repeat_interleave(chosen.shape[1])
+    here = (expert >= 0) & (expert < experts) & (of >= 0)  # others are padding, or another process's
+    key = torch.where(here, expert * count + of, experts * count)
+    order = torch.sort(key, stable=True).indices
+    tokens = torch.zeros(experts * count + 1, dtype=torch.int64, device=key.device).scatter_add_(0, key, here.long())
+    offsets = nn.functional.pad(tokens[:-1].view(experts, count).cumsum(1), (1, 0)).int()  # [E, B + 1]
+    start = 0
+    for e, bounds in enumerate(offsets.tolist()):
+        if bounds[-1]:
+            mine = order[start : start + bounds[-1]]
+            start += bounds[-1]
+            row = offsets[e].clone()
+            remember_bounds(row, bounds)
+            yield e, mine // chosen.shape[1], mine % chosen.shape[1], row

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastforget.fisher.examples import Examples, offsets_of
+from fastforget.fisher.examples import Examples
 from fastforget.ops import fisher_accumulate_
 
 __all__ = [
@@ -282,26 +282,25 @@ class Looped:
 class Experts:
     """3-D expert weights `[E, O, I]`: an outer piece for every expert over the tokens that were routed to it."""
 
-    experts: list[tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=list)
-    """Expert, activations `[K, I]`, output gradients `[K, O]`, owners `[K]` ascending and >= 0."""
+    experts: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    """Expert, activations `[K, I]`, output gradients `[K, O]`, owners `[K]` ascending and >= 0, their offsets `[B + 1]`."""
     transposed: bool = False
     """The weights are `[E, I, O]`."""
 
     def accumulate_(self, fisher: Tensor, examples: Examples, how: How) -> None:
         """See `Piece`."""
-        for expert, a, d, owner in self.experts:
+        for expert, a, d, owner, offsets in self.experts:
             a, d = (d, a) if self.transposed else (a, d)
+            weights = examples.weights
             if how.positions:
                 offsets = torch.arange(len(owner) + 1, dtype=torch.int32, device=owner.device)
-                weights = examples.weights[owner]
-            else:
-                offsets, weights = offsets_of(owner, examples.count), examples.weights
+                weights = weights[owner]
             fisher_accumulate_(fisher[expert], a, d, offsets, weights=weights, impl=how.impl)
 
     def example(self, shape: torch.Size, examples: Examples, b: int) -> Tensor:
         """See `Piece`."""
         gradient = torch.zeros(shape, dtype=examples.weights.dtype, device=examples.owner.device)
-        for expert, a, d, owner in self.experts:
+        for expert, a, d, owner, _ in self.experts:
             a, d = a[owner == b].to(gradient.dtype), d[owner == b].to(gradient.dtype)
             gradient[expert] = a.T @ d if self.transposed else d.T @ a
         return gradient

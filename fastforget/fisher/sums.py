@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from fastforget.ops import square_accumulate_
+
 __all__ = ["Sums", "accumulator_dtype"]
 
 
@@ -28,6 +30,8 @@ class Sums:
     def __init__(self, parameters: Mapping[str, Tensor], offload: bool = False) -> None:
         self.parameters = dict(parameters)
         self.tensors: dict[str, Tensor] = {}
+        self.adding = False
+        """`add_squares` has begun and not ended."""
         for name, parameter in self.parameters.items():
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             moved = offload and local.device.type != "cpu"
@@ -63,3 +67,18 @@ class Sums:
             yield moved
             if moved is not total:
                 total.copy_(moved, non_blocking=True)
+
+    def add_squares(self, gradients: Mapping[str, Tensor], impl: str) -> None:
+        """Add the squares of gradients.
+
+        Args:
+            gradients: By name; sharded like their parameters under FSDP2.
+            impl: "auto", "triton" or "torch".
+        """
+        self.adding = True
+        here = {name: grad for name, grad in gradients.items() if self.tensors[name].device == grad.device}
+        square_accumulate_([self.tensors[name] for name in here], list(here.values()), impl=impl)
+        for name in gradients.keys() - here.keys():  # offloaded
+            with self.whole(name) as fisher:
+                square_accumulate_([fisher], [gradients[name]], impl=impl)
+        self.adding = False

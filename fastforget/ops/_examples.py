@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["FLOATS", "accumulator", "capturing", "check_examples", "check_matrix", "example_bounds", "refuse_float64"]
+__all__ = [
+    "FLOATS",
+    "accumulator",
+    "capturing",
+    "check_examples",
+    "check_matrix",
+    "example_bounds",
+    "refuse_float64",
+    "remember_bounds",
+]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A model's layers share one tensor of offsets: its values are fetched from the device once, not once a layer.
@@ -146,3 +155,14 @@ def example_bounds(offsets: Tensor, tokens: int) -> list[int]:
     if version is not None:
         _bounds[offsets] = (version, tokens, bounds)
     return bounds
+
+
+def remember_bounds(offsets: Tensor, bounds: list[int]) -> None:
+    """Note the values of offsets that are known on the host already, so that no operation fetches them again.
+
+    Args:
+        offsets: `[B + 1]` int32, right by construction.
+        bounds: Its values.
+    """
+    if not offsets.is_inference():
+        _bounds[offsets] = (offsets._version, bounds[-1], bounds)
