@@ -6,7 +6,7 @@ n]`, all int64: first chunk, elements, then one row of addresses a list. It is s
 table with an entry a chunk would take longer to make than the launch takes for a large model.
 """
 
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # (a helper of a kernel is called by the compiler: in Python the call raises, so that pyright sees no result)
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Table:
 
     @property
     def tensors(self) -> int:
-        """n."""
+        """Their number."""
         return len(self.members)
 
     @property

@@ -1,0 +1,127 @@
+"""What the elementwise operations on lists of tensors share: their checks, and chunks for the PyTorch paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["FLOATS", "Rule", "check_lists", "chunk_elements", "chunks", "is_dense", "refuse_twice", "same_order"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Rule(NamedTuple):
+    """What a list of tensors has to be."""
+
+    tensors: Sequence[Tensor]
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+
+
+def check_lists(lists: Mapping[str, Rule]) -> None:
+    """Refuse lists whose tensors do not correspond, element by element in memory, to those of the first list.
+
+    Args:
+        lists: By the argument's name.
+
+    Raises:
+        TypeError: A dtype is not among the allowed ones.
+        ValueError: Lengths, shapes, devices or memory layouts differ.
+    """
+    (model, first), *others = lists.items()
+    for name, rule in lists.items():
+        if len(rule.tensors) != len(first.tensors):
+            raise ValueError(
+                f"{name}: expected {len(first.tensors)} tensors, one for each of {model}, got {len(rule.tensors)}"
+            )
+        for i, tensor in enumerate(rule.tensors):
+            if tensor.dtype not in rule.dtypes:
+                expected = " or ".join(str(dtype)[6:] for dtype in rule.dtypes)
+                raise TypeError(f"{name}[{i}]: expected {expected}, got {tensor.dtype}")
+            if tensor.device != first.tensors[0].device:
+                raise ValueError(
+                    f"{name}[{i}]: expected device {first.tensors[0].device} like {model}[0], got {tensor.device}; call "
+                    "once for each device"
+                )
+    for i, tensor in enumerate(first.tensors):
+        if not is_dense(tensor):
+            raise ValueError(
+                f"{model}[{i}]: expected a dense tensor, got strides {tensor.stride()} for shape {tuple(tensor.shape)}"
+            )
+    for name, rule in others:
+        for i, (like, tensor) in enumerate(zip(first.tensors, rule.tensors, strict=True)):
+            _check_like(f"{name}[{i}]", tensor, f"{model}[{i}]", like)
+
+
+def _check_like(name: str, tensor: Tensor, model: str, like: Tensor) -> None:
+    if tensor.shape != like.shape:
+        raise ValueError(f"{name}: expected shape {tuple(like.shape)} like {model}, got {tuple(tensor.shape)}")
+    if not same_order(like, tensor):
+        raise ValueError(
+            f"{name}: expected strides {like.stride()} like {model}, got {tensor.stride()} for shape "
+            f"{tuple(tensor.shape)}; copy it with torch.empty_like({model}).copy_({name})"
+        )
+
+
+def refuse_twice(name: str, tensors: Sequence[Tensor]) -> None:
+    """Refuse a list to be written in which a tensor occurs twice; reads addresses, which `torch.compile` cannot trace.
+
+    Args:
+        name: Of the argument.
+        tensors: The list.
+
+    Raises:
+        ValueError: A tensor occurs twice.
+    """
+    places: dict[int, int] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor.numel() and places.setdefault(tensor.data_ptr(), i) != i:
+            raise ValueError(f"{name}[{i}]: expected every tensor once, got {name}[{places[tensor.data_ptr()]}] again")
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one piece of memory, in some order of the dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_order(first: Tensor, second: Tensor) -> bool:
+    """Whether equal places in memory hold equal places of two dense tensors of one shape."""
+    if first.is_contiguous() and second.is_contiguous():
+        return True
+    return all(n == 1 or a == b for n, a, b in zip(first.shape, first.stride(), second.stride(), strict=True))
+
+
+def chunk_elements(tensors: int) -> int:
+    """Elements that a PyTorch path takes at once on the CPU, so that several passes over them stay in a core's L2 cache.
+
+    Args:
+        tensors: How many tensors a pass touches, scratch included.
+
+    Returns:
+        2^18 float32 values, 1 MB, a thread and in all; at least the 2^15 elements that torch gives a thread.
+    """
+    return max(2**18 // tensors, 2**15) * torch.get_num_threads()
+
+
+def chunks(tensors: Sequence[Tensor], scratch: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    """Corresponding flat pieces of dense tensors of one layout, in memory order.
+
+    Args:
+        tensors: Those of one parameter.
+        scratch: Buffers as large as a piece that the caller works with besides.
+
+    Yields:
+        A flat view of each.
+    """
+    flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+    size = chunk_elements(len(tensors) + scratch)
+    yield from zip(*(tensor.split(size) for tensor in flat), strict=True)
