@@ -9,9 +9,8 @@ activations, the logits where they exist, the gradients (`.grad` is None before 
 variant materialises, with peers also their own sums before they are added to those. What is set up once is not measured:
 copies of the model, a captured graph, the choice of rules in the first `update`.
 
-Peers are measured where they are installed, beside torch and never instead of it: `pip install --no-deps
-backpack-for-pytorch opacus nngeometry kronfluence unfoldNd einconv opt-einsum`, and scipy, einops and accelerate. A peer
-that does not run on the model is in the record with its error.
+Peers (`fisher_peers.py`) are measured where they are installed. One that does not run on the model is in the record with its
+error, and so is one whose result is not the Fisher, or is of fewer parameters than its row says.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TURNS
+from fisher_peers import PEERS, loss_of
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,6 +33,8 @@ import fastforget as ff
 Tensors = dict[str, Tensor]
 Run = Callable[[], Callable[[], Tensors] | None]
 """One measured call; what it returns gives the diagonal, a mean over examples by parameter's name."""
+Variant = Callable[["Problem"], Run | str]
+"""Sets a run up, or says why there is none."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,6 @@ class Problem:
         """Of all parameters, if the sums began at zero."""
         return {name: value / self.case.examples for name, value in self.sums.items()}
 
-    def add_(self, squares: Tensors, factor: float = 1.0) -> Callable[[], Tensors]:
-        """Add the squares of some parameters, times the factor; what it returns gives the diagonal of just these."""
-        for name, square in squares.items():
-            self.sums[name].add_(square.view_as(self.sums[name]), alpha=factor)
-        names = set(squares)
-        return lambda: {name: value for name, value in self.diagonal().items() if name in names}
-
     def errors(self, run: Run) -> Tensor:
         """Relative error of every tensor that a variant covers, from one run of it."""
         for value in self.sums.values():
@@ -122,11 +117,6 @@ def problem(request: pytest.FixtureRequest, device: torch.device) -> Iterator[Pr
         made.tolerance = 2 * float(made.errors(batch_1_foreach(made)).max()) + 1e-2
     yield made
     made.runs.clear()
-
-
-def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """The mean over the targets, which all examples have as many of."""
-    return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
 def in_wider_dtype(model: nn.Module, ids: Tensor) -> Tensors:
@@ -236,8 +226,10 @@ def square_all_(problem: Problem, impl: str = "auto") -> None:
     ff.ops.square_accumulate_([problem.sums[n] for n in gradients], list(gradients.values()), impl=impl)
 
 
-def batch_1_graph(problem: Problem) -> Run:
+def batch_1_graph(problem: Problem) -> Run | str:
     """Forward, backward and square captured once, replayed for every example."""
+    if not problem.ids.is_cuda:
+        return "for GPUs"
     model, row = problem.model, problem.ids[:1].clone()
 
     def step() -> None:
@@ -265,115 +257,25 @@ def batch_1_graph(problem: Problem) -> Run:
     return run
 
 
-def vmap_of_grad(problem: Problem) -> Run:
-    """All per-example gradients in memory, by torch.func."""
-    model = problem.model
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+def peer(name: str) -> Variant:
+    """Add what another library finds."""
 
-    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
-        inputs = {"input_ids": row[None], "labels": row[None], "use_cache": False}
-        return torch.func.functional_call(model, parameters, (), inputs).loss
+    def prepare(problem: Problem) -> Run:
+        squares = PEERS[name](problem.model, problem.ids)
 
-    per_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+        def run() -> Callable[[], Tensors]:
+            found = squares()
+            for name, square in found.items():
+                problem.sums[name].add_(square.view_as(problem.sums[name]))
+            names = set(found)
+            return lambda: {name: value for name, value in problem.diagonal().items() if name in names}
 
-    def run() -> Callable[[], Tensors]:
-        gradients = per_example(parameters, problem.ids)
-        return problem.add_({name: gradient.float().square().sum(0) for name, gradient in gradients.items()})
+        return run
 
-    return run
-
-
-def backpack(problem: Problem) -> Run:
-    """BackPACK; it has no rule for the norms, and warns of them."""
-    from backpack import backpack as extensions
-    from backpack import extend
-    from backpack.extensions import SumGradSquared
-
-    model = extend(copy.deepcopy(problem.model))
-
-    def run() -> Callable[[], Tensors]:
-        with extensions(SumGradSquared()):
-            loss_of(model, problem.ids).backward()
-        found = {}
-        for name, parameter in model.named_parameters():
-            if hasattr(parameter, "sum_grad_squared"):
-                found[name] = parameter.sum_grad_squared
-                del parameter.sum_grad_squared
-        model.zero_grad()
-        return problem.add_(found, len(problem.ids) ** 2)  # the loss is a mean over examples
-
-    return run
+    return prepare
 
 
-def opacus(problem: Problem) -> Run:
-    """Opacus's per-sample gradients, which its `GradSampleModule` keeps on the parameters."""
-    from opacus import GradSampleModule
-
-    model = GradSampleModule(copy.deepcopy(problem.model).train(), loss_reduction="mean")
-
-    def run() -> Callable[[], Tensors]:
-        loss_of(model, problem.ids).backward()
-        named = [(name.removeprefix("_module."), parameter) for name, parameter in model.named_parameters()]
-        result = problem.add_({name: parameter.grad_sample.float().square().sum(0) for name, parameter in named})
-        model.zero_grad()
-        return result
-
-    return run
-
-
-def nngeometry(problem: Problem) -> Run:
-    """NNGeometry's diagonal, of the linear layers, from embeddings: it differentiates to a floating-point input."""
-    from nngeometry.backend import TorchHooksJacobianBackend
-    from nngeometry.layercollection import LayerCollection
-    from nngeometry.object import PMatDiag
-
-    model = copy.deepcopy(problem.model)
-    layers = LayerCollection.from_model(model, ignore_unsupported_layers=True)
-
-    def losses(embeddings: Tensor, ids: Tensor) -> Tensor:
-        logits = model(inputs_embeds=embeddings, use_cache=False).logits[:, :-1].float()
-        return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1, keepdim=True)
-
-    def run() -> Callable[[], Tensors]:
-        embeddings = model.get_input_embeddings()(problem.ids).detach()
-        generator = TorchHooksJacobianBackend(model=model, function=losses, layer_collection=layers)
-        flat = PMatDiag(generator=generator, examples=(embeddings, problem.ids)).data
-        sizes = [layer.numel() for layer in layers.layers.values()]
-        found = dict(zip((f"{name}.weight" for name in layers.layers), flat.split(sizes), strict=True))
-        return problem.add_(found, len(problem.ids))
-
-    return run
-
-
-def kronfluence(problem: Problem) -> Run:
-    """Kronfluence's lambda matrices in the parameters' own basis."""
-    from kronfluence import FactorArguments, Task, prepare_model
-    from kronfluence.factor.eigen import fit_lambda_matrices_with_loader
-    from kronfluence.utils.state import State
-
-    class Loss(Task):
-        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            return loss_of(model, batch["input_ids"]) * len(problem.ids)
-
-        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            raise NotImplementedError
-
-    task = Loss()
-    model = prepare_model(copy.deepcopy(problem.model), task)
-    arguments = FactorArguments(strategy="diagonal", use_empirical_fisher=True)
-    state = State(cpu=not problem.ids.is_cuda)
-
-    def run() -> Callable[[], Tensors]:
-        options = {"factor_args": arguments, "disable_tqdm": True}
-        _, factors = fit_lambda_matrices_with_loader(model, state, task, [{"input_ids": problem.ids}], **options)
-        found = {f"{name}.weight": value.to(problem.ids.device) for name, value in factors["lambda_matrix"].items()}
-        return problem.add_({name: found[name] for name in found.keys() & problem.sums.keys()})  # not a tied head
-
-    return run
-
-
-Variant = Callable[[Problem], Run]
-OURS: dict[str, Variant] = {
+NEEDED: dict[str, Variant] = {
     "ordinary forward + backward (ceiling)": ordinary,
     "ordinary forward + backward, fused head": ordinary_fused_head,
     "fastforget": fastforget,
@@ -382,18 +284,11 @@ OURS: dict[str, Variant] = {
     "batch-1 loop": batch_1,
     "batch-1 loop, foreach": batch_1_foreach,
 }
-FALLIBLE: dict[str, Variant] = {
-    "batch-1 loop, CUDA graph": batch_1_graph,
-    "vmap(grad)": vmap_of_grad,
-    "BackPACK (linear layers and embedding only)": backpack,
-    "Opacus": opacus,
-    "NNGeometry (linear layers only)": nngeometry,
-    "Kronfluence (linear layers only)": kronfluence,
-}
+FALLIBLE: dict[str, Variant] = {"batch-1 loop, CUDA graph": batch_1_graph} | {name: peer(name) for name in PEERS}
 """A failure of these is a row of the table."""
 
 
-@pytest.mark.parametrize("variant", [*OURS, *FALLIBLE])
+@pytest.mark.parametrize("variant", [*NEEDED, *FALLIBLE])
 @pytest.mark.parametrize("turn", range(TURNS))
 @pytest.mark.filterwarnings("ignore")  # of the peers
 def test_diagonal_fisher(variant, turn, problem, measure, unavailable):
@@ -429,18 +324,21 @@ def test_diagonal_fisher(variant, turn, problem, measure, unavailable):
 
 def prepared(problem: Problem, variant: str) -> Run | str:
     """A variant's run, or why there is none; a fallible one has run once, and was compared."""
-    if variant in OURS:
-        return OURS[variant](problem)
-    if "CUDA graph" in variant and not problem.ids.is_cuda:
-        return "for GPUs"
+    if variant in NEEDED:
+        return NEEDED[variant](problem)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run = FALLIBLE[variant](problem)
-            error = float(problem.errors(run).max())
+            if isinstance(run, str):
+                return run
+            errors = problem.errors(run)
     except ImportError as missing:
         return f"not installed ({missing.name})"
     except Exception as raised:  # whatever a library raises on a model that it was not made for
         problem.model.zero_grad()
         return f"fails: {type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
-    return run if error <= problem.tolerance else f"another quantity: off by {error:.2g}"
+    if (len(errors) < len(problem.reference)) != variant.endswith("only)"):
+        return f"mislabelled: covers {len(errors)} of {len(problem.reference)} parameters"
+    wrong = int((~(errors <= problem.tolerance)).sum())  # NaN is wrong, too
+    return f"another quantity: {wrong} of {len(errors)} tensors are off, by up to {errors.max():.2g}" if wrong else run

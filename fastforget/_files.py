@@ -19,14 +19,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     Args:
         path: the file.
-        write: writes everything to the path that it is given.
+        write: writes everything to the path that it is given. Whatever mode it leaves there, the file's is that of
+            a file made by `open`.
 
     Raises:
         OSError: if the file cannot be written; no temporary file is left then.
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask, which cannot be asked for without changing it
         write(temporary)
+        if temporary.stat().st_mode != mode:  # safetensors writes files that only their owner can read
+            temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

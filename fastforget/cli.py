@@ -133,6 +133,7 @@ def fisher(
     data: Annotated[str | None, typer.Option(help="Examples: .jsonl, .parquet, .txt, or a datasets id.")] = None,
     adapter: Annotated[str | None, typer.Option(help="PEFT adapter; its parameters are the measured ones.")] = None,
     per: Annotated[str, typer.Option(help="example, position or batch_mean: what is squared.")] = "example",
+    batch_size: Annotated[int | None, typer.Option(help="Examples of a batch, with --per batch_mean.")] = None,
     labels: Annotated[str, typer.Option(help="data, or sampled from the model's own distribution.")] = "data",
     loss: Annotated[str, typer.Option(help="mean or sum over an example's targets.")] = "mean",
     samples: Annotated[int, typer.Option(help="Draws an example, with --labels sampled.")] = 1,
@@ -163,51 +164,27 @@ def fisher(
     F is the mean over the examples of the squared gradient of each example's own loss. Without --model and --data,
     --summary describes an existing file.
     """
+    options = locals().copy()
+    options.pop("summary")  # the rest is what `Options` takes, by the same names
     from fastforget.fisher.files import load_fisher
 
-    if model is None and data is None and summary:
+    if summary and model is None and data is None:
         _summarise(load_fisher(out), out)
         return
-    if model is None or data is None:
-        missing = "model" if model is None else "data"
-        raise ValueError(f"{missing}: expected --{missing}, got none; or pass --summary alone for an existing file")
+    for name in ("model", "data"):
+        if options[name] is None:
+            raise ValueError(f"{name}: expected --{name}, got none; or pass --summary alone for an existing file")
+    from fastforget.fisher.summary import remarks
+    from fastforget.fisher_run.options import Options
     from fastforget.fisher_run.runner import run_fisher
 
-    run = partial(
-        run_fisher,
-        model,
-        data,
-        out,
-        adapter=adapter,
-        per=per,
-        labels=labels,
-        loss=loss,
-        samples=samples,
-        seed=seed,
-        parameters=parameters,
-        limit=limit,
-        max_length=max_length,
-        tokens_per_batch=tokens_per_batch,
-        dtype=dtype,
-        device=device,
-        offload=offload,
-        eos=eos,
-        skip_empty=skip_empty,
-        split=split,
-        config=config,
-        check_adapter_base=check_adapter_base,
-        save_every=save_every,
-        progress=progress,
-    )
-    result = _stoppable(run)
+    result = _stoppable(lambda: run_fisher(Options(**options)))
     typer.echo(f"{out}: {result}")
     if summary:
         _summarise(result, out)
-    else:
-        from fastforget.fisher.summary import remarks
-
-        for line in remarks(result.metadata):
-            typer.echo(line)
+        return
+    for line in remarks(result.metadata):
+        typer.echo(line)
 
 
 @app.command()

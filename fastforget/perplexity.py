@@ -220,7 +220,8 @@ def check_batch(
     labels: Tensor | None,
     position_ids: Tensor | None,
 ) -> None:
-    named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "position_ids": position_ids}
+    named: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    named["position_ids"] = position_ids
     for name, tensor in named.items():
         if name != "input_ids" and tensor is None:
             continue
@@ -237,19 +238,21 @@ def check_batch(
             raise ValueError(f"{name}: expected device {input_ids.device} like input_ids, got {tensor.device}; move it")
     tokens = unwrapped(model).get_input_embeddings().weight.shape[0]
     classes = unwrapped(model).get_output_embeddings().weight.shape[0]
-    _check_values("input_ids", input_ids, (input_ids < 0) | (input_ids >= tokens), f"[0, {tokens})")
+    together = "do model and tokenizer belong together?"
+    checks = {"input_ids": ((input_ids < 0) | (input_ids >= tokens), f"in [0, {tokens})", together)}
+    if attention_mask is not None:
+        checks["attention_mask"] = attention_mask < 0, ">= 0", "were labels passed in its place? pass labels="
     if labels is not None:
         wrong = (labels != IGNORE) & ((labels < 0) | (labels >= classes))
-        _check_values("labels", labels, wrong, f"[0, {classes}) or {IGNORE}")
+        checks["labels"] = wrong, f"in [0, {classes}) or {IGNORE}", together
     if position_ids is not None:
-        _check_values("position_ids", position_ids, position_ids < 0, "[0, the model's limit)")
-
-
-def _check_values(name: str, tensor: Tensor, wrong: Tensor, allowed: str) -> None:
-    if bool(wrong.any()):
-        row, column = wrong.nonzero()[0].tolist()
-        place = f"{int(tensor[row, column])} at row {row}, token {column}"
-        raise ValueError(f"{name}: expected values in {allowed}, got {place}; do model and tokenizer belong together?")
+        checks["position_ids"] = position_ids < 0, ">= 0", "count an example's tokens from 0"
+    found = torch.stack([wrong.any() for wrong, _, _ in checks.values()]).tolist()  # waits for the device once
+    for (name, (wrong, allowed, hint)), bad in zip(checks.items(), found, strict=True):
+        if bad:
+            row, column = wrong.nonzero()[0].tolist()
+            place = f"{named[name][row, column].item()} at row {row}, token {column}"
+            raise ValueError(f"{name}: expected values {allowed}, got {place}; {hint}")
 
 
 def pack_rows(

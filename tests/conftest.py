@@ -45,3 +45,39 @@ def world(tmp_path_factory):
     from tiny_models import save_world
 
     return save_world(tmp_path_factory.mktemp("world"))
+
+
+# For tests of the Fisher ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def only_float64():
+    """Norms and losses of float64 models are float32 in transformers: not in a test that uses this."""
+    from fisher_oracle import float64_throughout
+
+    with float64_throughout():
+        yield
+
+
+@pytest.fixture
+def model():
+    """A tiny Llama in float64, in eval mode, whose head is its embedding."""
+    from architectures.families import build
+
+    return build("Llama, tied", torch.float64).eval()
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """Four examples, unpadded."""
+    from architectures.layouts import some_examples
+
+    return some_examples()
+
+
+@pytest.fixture
+def batch(examples):
+    """The four examples, padded on the right."""
+    from architectures.layouts import padded
+
+    return padded(examples, "right")

@@ -8,7 +8,7 @@ from tiny_models import save_adapter, save_base, texts, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from fastforget.fisher.names import Fisher
-from fastforget.fisher_run.runner import run_fisher
+from fastforget.fisher_run import Options, run_fisher
 
 BATCH = 600  # padded tokens: several batches a run
 
@@ -33,8 +33,9 @@ def write(path: Path, rows) -> Path:
 
 
 def run(world, out, **settings) -> Fisher:
-    given = {"model": world / "base", "data": world / "data.jsonl", "tokens_per_batch": BATCH, "progress": False}
-    return run_fisher(**(given | settings), out=out)
+    given = {"model": world / "base", "data": world / "data.jsonl", "progress": False}
+    given |= {} if "batch_size" in settings else {"tokens_per_batch": BATCH}
+    return run_fisher(Options(**(given | settings), out=out))
 
 
 def looped(world, data, *, parameters=None) -> dict[str, torch.Tensor]:

@@ -185,17 +185,61 @@ def test_torch_path_holds_one_block(monkeypatch: pytest.MonkeyPatch):
     assert torch.allclose(grad_weight.double(), total, rtol=1e-4, atol=1e-5)
 
 
-def test_offsets_are_fetched_once_and_again_after_a_change(monkeypatch: pytest.MonkeyPatch):
-    offsets, fetched = OFFSETS.clone(), []
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_offsets_and_weights_of_any_stride(impl: str):
+    found = []
+    strided = torch.stack([OFFSETS, OFFSETS + 1], 1)[:, 0]
+    for offsets, weights in ((OFFSETS, torch.full((3,), 2.0)), (strided, torch.tensor(2.0).expand(3))):
+        found.append(F.clone())
+        ops.fisher_accumulate_(found[-1], A, D, offsets, weights=weights, impl=impl)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_rows_that_lie_far_apart(impl: str, tmp_path):
+    """As those of `hidden[:, -1]` of many gigabytes: 32-bit offsets within a tile would overflow."""
+    rows, apart = 130, 2**24 + 8
+    file = torch.from_file(str(tmp_path / "sparse"), shared=True, size=rows * apart, dtype=torch.float16)
+    a = file.as_strided((rows, 5), (apart, 1)).copy_(torch.randn(rows, 5, generator=torch.Generator().manual_seed(0)))
+    d, offsets = torch.ones(rows, 3, dtype=torch.float16), torch.tensor([0, rows], dtype=torch.int32)
+    found = [torch.zeros(3, 5), torch.zeros(3, 5)]
+    for fisher, activations in zip(found, (a, a.clone()), strict=True):
+        ops.fisher_accumulate_(fisher, activations, d, offsets, impl=impl)
+    assert torch.equal(*found)
+    assert torch.equal(
+        *(ops.gradient_products(x, d, offsets, norm=True, impl=impl).square_norm for x in (a, a.clone()))
+    )
+    labels = torch.zeros(rows, dtype=torch.int64)
+    weight = torch.randn(7, 5, generator=torch.Generator().manual_seed(1)).half()
+    assert torch.equal(*(ops.linear_cross_entropy(x, weight, labels, impl=impl).loss for x in (a, a.clone())))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_known_offsets_are_fetched_again_only_after_a_change(device: str, monkeypatch: pytest.MonkeyPatch):
+    offsets, fetched = OFFSETS.to(device, copy=True), []
+    if device == "cpu":  # there they are remembered only when they are made here: see the test below
+        _examples.remember_bounds(offsets, offsets.tolist())
+    else:
+        _examples.example_bounds(offsets, len(A))
     original = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: fetched.append(1) or original(self))
     for _ in range(3):
-        ops.fisher_accumulate_(F.clone(), A, D, offsets)
-    assert len(fetched) == 1
-    assert len(_examples._bounds) >= 1
+        assert _examples.example_bounds(offsets, len(A)) == original(OFFSETS)
+    assert not fetched
     with pytest.raises(ValueError, match="expected the last to be S = 4, got 5"):
-        ops.fisher_accumulate_(F.clone(), A[:4], D[:4], offsets)
+        _examples.example_bounds(offsets, 4)
+    offsets.data = OFFSETS.to(device).clamp(max=4)
+    assert _examples.example_bounds(offsets, 4)[-1] == 4
     offsets[1] = 9
+    with pytest.raises(ValueError, match="expected no decrease, got 9 then 2"):
+        _examples.example_bounds(offsets, 4)
+
+
+def test_offsets_that_numpy_changes():
+    array = OFFSETS.numpy().copy()
+    offsets = torch.from_numpy(array)
+    ops.fisher_accumulate_(F.clone(), A, D, offsets)
+    array[1] = 9
     with pytest.raises(ValueError, match="expected no decrease, got 9 then 2"):
         ops.fisher_accumulate_(F.clone(), A, D, offsets)
     with torch.inference_mode():  # such tensors carry no version that would tell of a change

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from architectures.families import build
 from architectures.layouts import padded, some_examples
 from fisher_oracle import assert_exact, batch_1_fisher, float64_throughout
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -24,11 +25,6 @@ IGNORE = -100
 def only_float64() -> Iterator[None]:
     with float64_throughout():
         yield
-
-
-@pytest.fixture
-def model() -> Any:
-    return build("Llama, tied", torch.float64).eval()
 
 
 def with_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -91,6 +87,25 @@ def test_training_is_bitwise_what_it_is_without(tmp_path: Path):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     moved = build("GPT-2", torch.float32).state_dict()
     assert not torch.equal(moved["lm_head.weight"], weights[0]["lm_head.weight"])
+
+
+def test_what_is_no_fisher_of_the_trained_model_is_refused(model: Any, tmp_path: Path):
+    with pytest.raises(
+        TypeError, match="fisher: expected a DiagonalFisher, got LlamaForCausalLM; write FisherCallback"
+    ):
+        ff.FisherCallback(model)
+    callback = ff.FisherCallback(ff.DiagonalFisher(build("Llama, tied", torch.float64)))
+    with pytest.raises(
+        ValueError, match="fisher: expected a DiagonalFisher of the model that the Trainer trains, got "
+    ):
+        trainer_of(model, ROWS, tmp_path, callback).train()
+
+
+def test_an_adapter_is_trained(model: Any, tmp_path: Path):
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    fisher = ff.DiagonalFisher(tuned)
+    trainer_of(tuned, ROWS[:4], tmp_path, ff.FisherCallback(fisher)).train()
+    assert fisher.metadata["examples"] == 4
 
 
 def test_label_smoothing_is_refused(model: Any, tmp_path: Path):

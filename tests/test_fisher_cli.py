@@ -1,8 +1,8 @@
 """`fastforget fisher`: what it computes, what it says, and what it refuses."""
 
-import inspect
 import os
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from fastforget import cli
 from fastforget.fisher.estimator import DiagonalFisher
-from fastforget.fisher.files import load_fisher
+from fastforget.fisher.files import combine_fishers, load_fisher
 from fastforget.fisher_run import runner
-from fastforget.fisher_run.runner import run_fisher
+from fastforget.fisher_run.options import Options
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,13 @@ def test_patterns_choose_parameters(world, tmp_path):
     fisher = run(world, tmp_path / "f.safetensors", parameters=["*.mlp.up_proj.weight", "model.norm.weight"])
     assert set(fisher) == {"model.norm.weight", *(f"model.layers.{i}.mlp.up_proj.weight" for i in range(2))}
     assert relative(fisher["model.norm.weight"], looped(world, world / "data.jsonl")["model.norm.weight"]) < 1e-5
-    with pytest.raises(ValueError, match=r"parameters: expected patterns of parameter names, got 'up_proj', which mat"):
-        run(world, tmp_path / "g.safetensors", parameters=["*.mlp.*", "up_proj"])
+    assert fisher.metadata["parameters"] == ["*.mlp.up_proj.weight", "model.norm.weight"]
+    load_fisher(tmp_path / "f.safetensors", AutoModelForCausalLM.from_pretrained(world / "base"))
+    for wrong, meant in (("up_proj", r"'\*up_proj\*'\?"), ("*.model.norm.weight", "'model.norm.weight'")):
+        with pytest.raises(
+            ValueError, match=rf"parameters: .* matches none of 21 names such as .*; did you mean {meant}"
+        ):
+            run(world, tmp_path / "g.safetensors", parameters=["*.mlp.*", wrong])
 
 
 def test_limit_uses_the_first_examples(world, tmp_path):
@@ -94,13 +99,52 @@ def test_an_adapters_fisher_is_that_of_its_parameters(world, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"labels": "sampled", "samples": 2, "seed": 3}, {"loss": "sum"}, {"per": "position"}, {"per": "batch_mean"}],
+    [
+        {"labels": "sampled", "samples": 2, "seed": 3},
+        {"loss": "sum"},
+        {"per": "position"},
+        {"per": "batch_mean", "batch_size": 3},
+    ],
 )
 def test_conventions_are_passed_on_and_recorded(world, tmp_path, settings):
     fisher = run(world, tmp_path / "f.safetensors", limit=6, **settings)
     assert {name: fisher.metadata[name] for name in settings} == settings
     plain = run(world, tmp_path / "g.safetensors", limit=6)
     assert relative(fisher["lm_head.weight"], plain["lm_head.weight"].double()) > 1e-3
+
+
+def test_the_batches_of_batch_mean_are_those_of_the_data(world, tmp_path):
+    """Consecutive examples, so that neither lengths nor memory decide; equal parts combine to the whole."""
+    chosen = {"per": "batch_mean", "batch_size": 3, "parameters": ["lm_head.weight"]}
+    rows = rows_of(world / "data.jsonl")[36:43]  # of very different lengths; the last batch is smaller
+    fisher = run(world, tmp_path / "f.safetensors", data=write(tmp_path / "data.jsonl", rows), **chosen)
+    batches = [rows[:3], rows[3:6], rows[6:]]
+    squares = [batch_gradient(world, batch).square() for batch in batches]
+    assert relative(fisher["lm_head.weight"], torch.stack(squares).mean(0)) < 1e-5
+    assert (fisher.metadata["examples"], fisher.metadata["weight_sum"]) == (7, 3)
+    parts = [
+        run(world, tmp_path / f"{i}.safetensors", data=write(tmp_path / f"{i}.jsonl", part), **chosen)
+        for i, part in enumerate((rows[:3], rows[3:]))
+    ]
+    assert relative(combine_fishers(parts)["lm_head.weight"], fisher["lm_head.weight"].double()) < 1e-6
+    with pytest.raises(ValueError, match=r"settings batch_size: 3 there, 2 here"):
+        run(world, tmp_path / "f.safetensors", data=tmp_path / "data.jsonl", **(chosen | {"batch_size": 2}))
+    other = run(world, tmp_path / "2.safetensors", data=tmp_path / "0.jsonl", **(chosen | {"batch_size": 2}))
+    with pytest.raises(ValueError, match="fishers: expected batch_size = 3 as in the first, got 2 in number 2"):
+        combine_fishers([fisher, other])
+
+
+def batch_gradient(world, rows):
+    """The gradient of the head's weight: of the mean over the rows of each row's own loss, in float64."""
+    model = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float64).eval()
+    for row in rows:
+        ids, first = tiny_tokenizer()(row.get("text") or row["prompt"])["input_ids"], 1
+        if "response" in row:
+            first = len(ids)
+            ids += tiny_tokenizer()(row["response"], add_special_tokens=False)["input_ids"]
+        labels = torch.tensor([[-100] * first + ids[first:]])
+        (model(torch.tensor([ids]), labels=labels).loss / len(rows)).backward()
+    return model.lm_head.weight.grad
 
 
 @pytest.fixture
@@ -209,7 +253,7 @@ def test_bad_input_is_refused_before_anything_is_written(world, tmp_path, monkey
     refused("device: expected a device of this machine, got nowhere", device="nowhere")
     refused("dtype: expected one of float32, bfloat16, float16, float64, got int8", dtype="int8")
     refused(r"^model: expected a folder or a hub id, got \./gone, which does not exist", model="./gone")
-    refused("^model: expected a full checkpoint, got the adapter", model=world / "lora")
+    refused("^model: expected a full checkpoint, got the PEFT adapter .* pass it by .*--adapter", model=world / "lora")
     refused(r"^adapter: expected a folder or a hub id, got \./gone", adapter="./gone")
     refused("^adapter: expected a PEFT adapter, got the full checkpoint", adapter=world / "base")
     refused(r"^data: expected an existing file, got absent\.jsonl", data="absent.jsonl")
@@ -218,6 +262,11 @@ def test_bad_input_is_refused_before_anything_is_written(world, tmp_path, monkey
     data = write(tmp_path / "empty.jsonl", [{"text": "a b c"}, {"prompt": "a", "response": ""}])
     refused("^data: expected a target token in every row, got 1 rows without one", data=data)
     refused("^per: expected .*'example'.*, got 'row'", per="row")
+    refused("^batch_size: expected the number of examples in a batch .*--batch-size", per="batch_mean")
+    refused("^batch_size: expected none with per='position', .* got 3", per="position", batch_size=3)
+    refused("^batch_size: expected 1 examples or more, got 0", per="batch_mean", batch_size=0)
+    both = {"per": "batch_mean", "batch_size": 3, "tokens_per_batch": 99}
+    refused("^tokens_per_batch: expected none with per='batch_mean', .* got 99", **both)
     refused("^labels: expected .*'data'.*, got 'mine'", labels="mine")
     refused("^loss: expected .*'mean'.*, got 'median'", loss="median")
     refused("^samples: expected ", samples=0)
@@ -254,10 +303,9 @@ def test_empty_rows_are_left_out_when_asked_for(world, tmp_path):
 @pytest.fixture
 def recorded(monkeypatch):
     calls = []
-    signature = inspect.signature(run_fisher)
 
-    def record(*args, **kwargs):
-        calls.append(signature.bind(*args, **kwargs).arguments)
+    def record(options):
+        calls.append(vars(options))
         return load_fisher.__globals__["Fisher"]({"a": torch.ones(2)}, {"truncated": 3})
 
     monkeypatch.setattr(runner, "run_fisher", record)
@@ -276,22 +324,22 @@ def test_the_command_passes_every_option_on(recorded, monkeypatch, capsys):
     assert recorded == [
         {
             "model": "m", "data": "d.jsonl", "out": Path("o.safetensors"), "adapter": "a", "per": "position",
-            "labels": "sampled", "loss": "sum", "samples": 2, "seed": 7, "parameters": ["*.mlp.*", "x"], "limit": 9,
-            "max_length": 64, "tokens_per_batch": 128, "dtype": "bfloat16", "device": "cpu", "offload": True,
-            "eos": True, "skip_empty": True, "split": "test", "config": "en", "check_adapter_base": False,
-            "save_every": 5.0, "progress": False,
+            "batch_size": None, "labels": "sampled", "loss": "sum", "samples": 2, "seed": 7,
+            "parameters": ["*.mlp.*", "x"], "limit": 9, "max_length": 64, "tokens_per_batch": 128,
+            "dtype": "bfloat16", "device": "cpu", "offload": True, "eos": True, "skip_empty": True, "split": "test",
+            "config": "en", "check_adapter_base": False, "save_every": 5.0, "progress": False,
         }
     ]  # fmt: skip
     output = capsys.readouterr().out
     assert "o.safetensors: Fisher(1 tensors, 2 parameters)" in output
     assert "3 examples of the data were truncated" in output
+    assert run_main(monkeypatch, *FISHER, "--per", "batch_mean", "--batch-size", "4") == 0
+    assert (recorded[1]["per"], recorded[1]["batch_size"]) == ("batch_mean", 4)
 
 
 def test_the_defaults_are_those_of_the_function(recorded, monkeypatch):
     assert run_main(monkeypatch, *FISHER) == 0
-    defaults = {
-        p.name: p.default for p in inspect.signature(run_fisher).parameters.values() if p.default is not p.empty
-    }
+    defaults = {field.name: field.default for field in fields(Options) if field.default is not MISSING}
     assert set(defaults) == set(recorded[0]) - {"model", "data", "out"}
     assert {name: recorded[0][name] or None for name in defaults} == {n: v or None for n, v in defaults.items()}
 

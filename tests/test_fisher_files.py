@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import save_adapter, save_base, tiny_model
 from torch import nn
 
+import fastforget as ff
 from fastforget.fisher import files
 from fastforget.fisher.files import check_fisher, combine_fishers, load_fisher, save_fisher
 from fastforget.fisher.names import Fisher, as_fisher, canonical_name
@@ -125,6 +127,44 @@ def test_whatever_stands_for_a_fisher_will_do(tmp_path):
             as_fisher(wrong)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "meant"),
+    [
+        ("up_proj", "'*up_proj*'"),
+        ("layers.0", "'*layers.0*'"),
+        ("*.model.embed_tokens.weight", "'model.embed_tokens.weight' or "),
+        ("model.layers.*.upproj.weight", "'model.layers.*.mlp.up_proj.weight' or "),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_named_with_one_that_matches(pattern, meant):
+    with pytest.raises(ValueError, match="parameters: expected patterns that match trainable parameters") as refused:
+        ff.DiagonalFisher(tiny_model(), parameters=["*.mlp.*", pattern])
+    assert f"got none: {pattern!r} matches none of 21 names such as 'model.embed" in str(refused.value)
+    assert f"; did you mean {meant}" in str(refused.value)
+    named = re.findall("'([^']*)'", str(refused.value).partition("did you mean")[2])
+    assert all(ff.DiagonalFisher(tiny_model(), parameters=suggested).state_dict() for suggested in named)
+
+
+@pytest.mark.parametrize("chosen", ["*.mlp.*", ["*.mlp.*"], lambda name: ".mlp." in name])
+def test_the_fisher_of_chosen_parameters_fits_the_whole_model(tmp_path, chosen):
+    model = tiny_model()
+    for parameters, name in ((chosen, "some"), (None, "all")):
+        estimator = ff.DiagonalFisher(model, parameters=parameters)
+        estimator.update(torch.randint(3, 50, (2, 6)))
+        estimator.save(tmp_path / f"{name}.safetensors")
+    assert all(".mlp." in name for name in ff.load_fisher(tmp_path / "some.safetensors", model))
+    tensors, metadata = files.read_tensors(tmp_path / "all.safetensors", kind=files.KIND)
+    save_fisher(tmp_path / "less.safetensors", {n: t for n, t in tensors.items() if ".mlp." in n}, metadata)
+    with pytest.raises(ValueError, match="missing"):
+        ff.load_fisher(tmp_path / "less.safetensors", model)
+
+
+def test_a_tied_parameter_is_chosen_by_either_name():
+    tied = tiny_model(tie_word_embeddings=True)
+    estimator = ff.DiagonalFisher(tied, parameters=["lm_head.*", "model.norm.*"])
+    assert estimator.state_dict().keys() == {"sum.model.embed_tokens.weight", "sum.model.norm.weight", "counters"}
+
+
 # Files
 
 
@@ -157,6 +197,16 @@ def test_the_same_fisher_gives_the_same_bytes(tmp_path):
     save_fisher(tmp_path / "a.safetensors", diagonal, metadata)
     save_fisher(tmp_path / "b.safetensors", dict(reversed(diagonal.items())), backwards)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_files_have_the_mode_that_open_gives(tmp_path):
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640)):
+        before = os.umask(mask)
+        try:
+            save_fisher(tmp_path / "f.safetensors", {"a": torch.ones(2)}, METADATA)
+        finally:
+            os.umask(before)
+        assert (tmp_path / "f.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -256,6 +306,19 @@ def test_a_fisher_of_a_part_fits_where_the_rest_is_frozen():
     check_fisher(diagonal_of(model), model)
 
 
+def test_a_fisher_of_chosen_parameters_fits_the_whole_model(tmp_path):
+    model = tiny_model()
+    part = {name: f for name, f in diagonal_of(model).items() if ".mlp." in name}
+    save_fisher(tmp_path / "f.safetensors", part, METADATA | {"parameters": ["*.mlp.*"]})
+    assert load_fisher(tmp_path / "f.safetensors", model).keys() == part.keys()
+    save_fisher(tmp_path / "f.safetensors", part | {"extra": torch.ones(1)}, METADATA | {"parameters": ["*.mlp.*"]})
+    with pytest.raises(ValueError, match=r"got a Fisher, of a with 1 unexpected: extra; load the model that .* on$"):
+        load_fisher(tmp_path / "f.safetensors", model)
+    save_fisher(tmp_path / "f.safetensors", part, METADATA | {"parameters": None})
+    with pytest.raises(ValueError, match=r"15 missing: model\.embed_tokens\.weight, .* freeze \(requires_grad_"):
+        load_fisher(tmp_path / "f.safetensors", model)
+
+
 def test_a_fisher_of_another_model_is_refused_by_name(tmp_path):
     model = tiny_model()
     fisher = diagonal_of(model)
@@ -298,9 +361,9 @@ def test_fishers_that_do_not_belong_together_are_refused():
         with pytest.raises(ValueError, match=message):
             combine_fishers([fisher, other], **settings)
 
-    for name in ("per", "labels", "loss", "model_type"):
+    for name in ("per", "labels", "loss", "model_type", "batch_size"):
         other = Fisher(fisher, METADATA | {name: "else"})
-        refused(rf"expected {name} = '\w+' as in the first, got 'else' in number 2; combine", other)
+        refused(rf"expected {name} = ('\w+'|None) as in the first, got 'else' in number 2; combine", other)
     refused("expected model_type = 'llama' as in the first, got None in number 2", dict(fisher))
     refused(r"got a difference in b in number 2", Fisher({"a": torch.ones(2)}, METADATA))
     refused(r"got a difference in b, c in number 2", Fisher({"a": torch.ones(2), "c": torch.ones(1)}, METADATA))

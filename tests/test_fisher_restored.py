@@ -9,42 +9,12 @@ from typing import Any
 import pytest
 import torch
 from architectures.families import build
-from architectures.layouts import padded, some_examples
-from fisher_oracle import float64_throughout
+from architectures.fisher_steps import with_labels
 from torch import Tensor, nn
 
 import fastforget as ff
 
-IGNORE = -100
-
-
-@pytest.fixture(autouse=True)
-def only_float64() -> Iterator[None]:
-    with float64_throughout():
-        yield
-
-
-@pytest.fixture
-def model() -> Any:
-    return build("Llama, tied", torch.float64).eval()
-
-
-def with_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)}
-
-
-def step(model: Any, batch: dict[str, Tensor]) -> None:
-    model(**batch).loss.backward()
-
-
-@pytest.fixture
-def batch() -> dict[str, Tensor]:
-    return with_labels(padded(some_examples(), "right"))
-
-
-@pytest.fixture
-def unlabelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
+pytestmark = pytest.mark.usefixtures("only_float64")
 
 
 TROUBLES = {
@@ -116,22 +86,21 @@ def test_the_model_is_as_before(kind: str, first: bool, per: str, way: str, batc
     model.transformer.h[0].mlp.dropout.eval()  # not every module in the same mode
     model.transformer.h[1].mlp.register_forward_hook(trouble)
     fisher = ff.DiagonalFisher(model, per=per)
-    arguments = batch if way == "observe" else {n: v for n, v in batch.items() if n != "labels"}
     weights = {"weights": [1]} if kind == "bad argument" else {}
 
     def run() -> None:
         if way == "update":
-            fisher.update(**arguments, **weights)
+            fisher.update(**batch, **weights)
             return
         with fisher.observe(**weights):
             torch.manual_seed(2)  # dropout
-            step(model, batch)
+            model(**with_labels(batch)).loss.backward()
 
     if way == "update":
         for parameter in list(model.parameters())[::2]:
             parameter.grad = torch.randn_like(parameter)
     if not first:
-        fisher.update(**{name: value for name, value in batch.items() if name != "labels"})
+        fisher.update(**batch)
     trouble.kind = kind
     gradients_remain = way == "update" or kind in ("forward", "interrupt", "bad argument", "loss")
     random = torch.get_rng_state()
@@ -160,33 +129,31 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("per", ["example", "batch_mean"])
-def test_hooks_of_gradients_do_not_run(per: str, model: Any, unlabelled: dict[str, Tensor]):
+def test_hooks_of_gradients_do_not_run(per: str, model: Any, batch: dict[str, Tensor]):
     """An optimizer that steps in such a hook would train the model."""
     fired = []
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(fired.append)
-    ff.DiagonalFisher(model, per=per).update(**unlabelled)
+    ff.DiagonalFisher(model, per=per).update(**batch)
     assert not fired
 
 
-def test_a_parameter_that_is_trainable_since(unlabelled: dict[str, Tensor]):
+def test_a_parameter_that_is_trainable_since(batch: dict[str, Tensor]):
     """It is not watched, but its gradient is not left behind either."""
     model = build("Llama", torch.float64).eval()
     model.model.layers[0].requires_grad_(False)
     fisher = ff.DiagonalFisher(model)
     model.requires_grad_(True)
     with contextlib.suppress(ValueError):
-        fisher.update(**unlabelled)
+        fisher.update(**batch)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("where", ["head", "gradients"])
-def test_an_interrupt_while_squares_are_added(
-    where: str, unlabelled: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-):
+def test_an_interrupt_while_squares_are_added(where: str, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch):
     """What was added before it makes the estimate invalid."""
     fisher = ff.DiagonalFisher(build("Llama", torch.float64))
-    fisher.update(**unlabelled)
+    fisher.update(**batch)
     before = {name: value.clone() for name, value in fisher._sums.tensors.items()}
 
     def interrupt(*args: Any, **kwargs: Any) -> None:
@@ -195,7 +162,7 @@ def test_an_interrupt_while_squares_are_added(
 
     monkeypatch.setattr(f"fastforget.fisher.{where}.fisher_accumulate_", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fisher.update(**unlabelled)
+        fisher.update(**batch)
     assert any(not torch.equal(value, before[name]) for name, value in fisher._sums.tensors.items())
     with pytest.raises(ValueError, match="the estimate is invalid"):
         fisher.diagonal()

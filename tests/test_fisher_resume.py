@@ -89,7 +89,7 @@ def stop_after(updates: int, monkeypatch) -> list:
     return seen
 
 
-@pytest.mark.parametrize("settings", [{}, {"labels": "sampled", "seed": 1}, {"per": "batch_mean"}])
+@pytest.mark.parametrize("settings", [{}, {"labels": "sampled", "seed": 1}, {"per": "batch_mean", "batch_size": 7}])
 def test_an_interrupted_run_continues_to_the_same_bytes(world, tmp_path, monkeypatch, settings):
     whole, out = tmp_path / "whole.safetensors", tmp_path / "f.safetensors"
     run(world, whole, **settings)
@@ -164,6 +164,17 @@ def test_an_example_that_does_not_fit_alone_is_named(world, tmp_path, monkeypatc
         run(world, tmp_path / "f.safetensors")
 
 
+def test_a_batch_that_has_a_meaning_is_not_halved(world, tmp_path, monkeypatch):
+    def update(self, input_ids, *args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(DiagonalFisher, "update", update)
+    with pytest.raises(
+        ValueError, match=r"batch_size: expected a batch that fits in memory, got 9 examples of up to \d"
+    ):
+        run(world, tmp_path / "f.safetensors", per="batch_mean", batch_size=9)
+
+
 def test_another_environment_is_named(world, tmp_path, monkeypatch):
     out = tmp_path / "f.safetensors"
     with monkeypatch.context() as patch:
@@ -182,7 +193,7 @@ SCRIPT = """
 import json, os, signal, sys
 import torch
 from fastforget.fisher.estimator import DiagonalFisher
-from fastforget.fisher_run.runner import run_fisher
+from fastforget.fisher_run import Options, run_fisher
 
 settings = json.loads(sys.argv[1])
 moment, cells = settings.pop("die", {}), settings.pop("memory", None)
@@ -208,7 +219,7 @@ if cells:
 dies_at("before batch", DiagonalFisher, "update")
 dies_at("before rename", os, "replace", lambda source, target: ".safetensors" in str(target))
 dies_at("before unlink", os, "unlink", lambda path, *_: str(path).endswith(".partial"))
-run_fisher(**settings, progress=False)
+run_fisher(Options(**settings, progress=False))
 """
 needs_sigkill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -323,6 +324,18 @@ def ignore_slow_rules() -> Iterator[None]:
         yield
 
 
+class ChangingList(nn.Module):
+    """The same, inside its own forward and in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = randn(H, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight
+        return y if x.shape[1] <= 10 else y + x @ torch.stack([self.weight.to(x.dtype)]).sum(0)
+
+
 class Changing(nn.Module):
     """Its path through the code is another for wide batches."""
 
@@ -343,12 +356,11 @@ class Changing(nn.Module):
 
 @pytest.mark.parametrize(
     ("change", "way"),
-    # A use besides its module's, in some batches only, is not seen by `observe`: the caller's `.grad` is there anyway.
-    [("more", "update"), ("more", "observe"), ("less", "update"), ("less", "observe"), ("outside", "update")],
+    list(itertools.product(["more", "less", "outside", "list"], ["update", "observe"])),
 )
 def test_a_path_that_changes_from_batch_to_batch(change: str, way: str, examples: list[Tensor]):
     """Refused where it cannot be exact: rules were chosen on few tokens."""
-    model = llama_with(Changing(change))
+    model = llama_with(ChangingList() if change == "list" else Changing(change))
     fisher = ff.DiagonalFisher(model)
     batch = padded(examples[1:2], "right")
 
@@ -363,7 +375,84 @@ def test_a_path_that_changes_from_batch_to_batch(change: str, way: str, examples
         run()
         assert_exact(fisher.diagonal(), batch_1_fisher(model, examples[1:2]), torch.float64)
         return
-    with pytest.raises(ValueError, match=r"model: model.norm.1.linear.\w+ .*batch to batch is not supported"):
+    with pytest.raises(ValueError, match=r"model: model.norm.1[.\w]* .*batch to batch is not supported"):
         run()
+    if change == "list" or (way == "observe" and change == "outside"):  # found before the backward
+        assert not any(bool(value.any()) for value in fisher.state_dict().values())
+        return
     with pytest.raises(ValueError, match="fisher: the estimate is invalid: "):
         fisher.diagonal()
+
+
+class Borrowing(nn.Module):
+    """Uses parameters of the model's other modules, in wide batches or in all, with their gradient or without."""
+
+    def __init__(self, parameter: nn.Parameter, wide: int = 10, detached: bool = False) -> None:
+        super().__init__()
+        self.borrowed, self.wide, self.detached = [parameter], wide, detached  # a list: not registered
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] <= self.wide:
+            return x
+        weight = self.borrowed[0].detach() if self.detached else self.borrowed[0]
+        return x * weight if weight.ndim == 1 else x @ weight.T @ weight
+
+
+def observed(model: Any, examples: list[Tensor]) -> ff.DiagonalFisher:
+    """After two calls, of which the second is wide."""
+    fisher = ff.DiagonalFisher(model)
+    with fisher.observe():
+        for example in (examples[2], examples[0]):
+            model(input_ids=example[None], labels=example[None]).loss.backward()
+    return fisher
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("how", ["plain", "autocast", "checkpoint", "reentrant checkpoint"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight", "lm_head.weight"]
+)
+def test_a_parameter_that_is_borrowed_in_some_batches(name: str, how: str, examples: list[Tensor]):
+    """Beside its module's use, which a rule sees; autocast casts it once for both."""
+    model = build("Llama").train()
+    module = Borrowing(model.get_parameter(name))
+    model.model.layers[1].mlp = nn.Sequential(model.model.layers[1].mlp, module)
+    if "checkpoint" in how:
+        model.gradient_checkpointing_enable({"use_reentrant": "reentrant" in how})
+    message = rf"model: {name} was used where no rule sees it \(autograd's \w+\), .*batch to batch is not supported"
+    with (
+        pytest.raises(ValueError, match=message),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"),
+    ):
+        observed(model, examples)
+    module.detached = True
+    observed(model, examples)
+
+
+def test_a_cast_that_autocast_keeps(examples: list[Tensor]):
+    """The second use of the cast shows no parameter."""
+    model = build("Llama").eval()
+    model.model.norm = nn.Sequential(model.model.norm, Changing("outside"))
+    with (
+        pytest.raises(ValueError, match=r"model: model.norm.1.linear.weight was used where no rule sees it"),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        observed(model, examples)
+
+
+def test_several_devices_are_refused():
+    model = build("Llama")
+    model.model.layers[1].to("meta")
+    with pytest.raises(
+        ValueError, match=r"model: expected all parameters on one device, got cpu, meta; load it on one"
+    ):
+        ff.DiagonalFisher(model)
+    with pytest.raises(ValueError, match=r"model: expected all parameters on one device, got meta; "):
+        ff.DiagonalFisher(model.to("meta"))
+
+
+def test_tensor_parallelism_is_refused():
+    model = build("Llama")
+    model._tp_size = 2
+    with pytest.raises(ValueError, match=r"model: expected no tensor parallelism, got tp_size=2; shard it with FSDP2"):
+        ff.DiagonalFisher(model)

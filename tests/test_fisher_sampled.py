@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from architectures.families import build
-from architectures.layouts import padded, some_examples
-from fisher_oracle import assert_exact, float64_throughout
+from architectures.fisher_steps import IGNORE
+from architectures.layouts import padded
+from fisher_oracle import assert_exact
 from torch import Tensor
 
 import fastforget as ff
 from fastforget.ops import LinearCrossEntropy, linear_cross_entropy
 
-IGNORE = -100
-pytestmark = pytest.mark.skipif("targets" not in LinearCrossEntropy._fields, reason="labels are not drawn yet")
-
-
-@pytest.fixture(autouse=True)
-def only_float64() -> Iterator[None]:
-    with float64_throughout():
-        yield
-
-
-@pytest.fixture
-def model() -> Any:
-    return build("Llama, tied", torch.float64).eval()
-
-
-@pytest.fixture(scope="module")
-def examples() -> list[Tensor]:
-    return some_examples()
-
-
-@pytest.fixture
-def batch(examples: list[Tensor]) -> dict[str, Tensor]:
-    return padded(examples, "right")
+pytestmark = pytest.mark.usefixtures("only_float64")
 
 
 @pytest.fixture

@@ -86,10 +86,12 @@ def drawn(monkeypatch, summary, path):
         ("bert.embeddings.LayerNorm.weight", "embedding", "norm"),
         ("transformer.word_embeddings_layernorm.weight", "embedding", "norm"),
         ("backbone.layers.3.mixer.out_proj.weight", 3, "state space"),
-        ("base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight", 1, "lora_A"),
-        ("model.layers.1.mlp.experts.base_layer.lora_B.default.weight", 1, "lora_B"),
-        ("model.embed_tokens.lora_embedding_A.default", "embedding", "lora_A"),
-        ("lm_head.lora_B.0.weight", "head", "lora_B"),
+        ("base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight", 1, "q lora_A"),
+        ("model.layers.1.self_attn.q_proj.lora_B.default.bias", 1, "q lora_B"),
+        ("model.layers.1.mlp.down_proj.lora_magnitude_vector.default.weight", 1, "mlp down lora_magnitude"),
+        ("model.layers.1.mlp.experts.base_layer.lora_B.default.weight", 1, "experts lora_B"),
+        ("model.embed_tokens.lora_embedding_A.default", "embedding", "embedding lora_A"),
+        ("lm_head.lora_B.0.weight", "head", "head lora_B"),
         ("something.else", "other", "other"),
         ("weight", "other", "other"),
     ],
@@ -138,8 +140,22 @@ def test_sums_and_means_by_place_and_kind():
     for parts in (summary.by_place(), summary.by_kind()):
         assert sum(share.parameters for share in parts.values()) == parameters
         assert math.fsum(share.mass for share in parts.values()) == pytest.approx(mass)
-    assert set(summary.kinds) <= {*KINDS, "bias", "lora_A", "lora_B", "other"}
+    assert set(summary.kinds) <= {*KINDS, "bias", "other"}
     assert repr(summary) == f"FisherSummary({parameters:,} parameters, mass {mass:.4g}, mean {mass / parameters:.4g})"
+
+
+def test_an_adapters_parts_stand_beside_each_other():
+    modules = ("self_attn.q_proj", "mlp.up_proj")
+    fisher = {
+        f"model.layers.{layer}.{module}.lora_{part}.default.weight": torch.full((3,), float(layer + 1))
+        for layer in range(2)
+        for part in "BA"
+        for module in modules
+    }
+    summary = summarise(fisher)
+    assert summary.places == [0, 1]
+    assert summary.kinds == ["q lora_A", "q lora_B", "mlp up lora_A", "mlp up lora_B"]
+    assert summary.cells[1, "q lora_B"] == Share(3, 6.0)
 
 
 def test_values_that_are_not_finite_are_counted_and_left_out():
@@ -196,7 +212,7 @@ def test_the_picture_says_what_it_shows(tmp_path, monkeypatch):
     picture, figure = drawn(monkeypatch, summary, tmp_path / "new" / "f.png")
     main, side, bar = figure.axes
     assert figure.get_suptitle() == "Diagonal Fisher of 1,234 examples"
-    assert bar.get_ylabel() == "mean F, (nats per token / parameter)²"
+    assert bar.get_xlabel() == "mean F, (nats per token / parameter)²"
     assert [text.get_text() for text in main.get_yticklabels()] == ["embedding", "0", "1", "final norm", "head"]
     assert [text.get_text() for text in main.get_xticklabels()] == summary.kinds
     for part in ("per = example; labels = data; loss = mean", "grey: F = 0", "512 values are NaN or infinite"):
@@ -223,6 +239,10 @@ def test_the_picture_says_what_it_shows(tmp_path, monkeypatch):
 def nothing_overlaps(figure):
     renderer = figure.canvas.get_renderer()
     main, side = figure.axes[:2]
+    if len(figure.axes) > 2:  # the colour bar has a place of its own, and rows stay side by side
+        boxes = [axes.get_tightbbox(renderer) for axes in figure.axes]
+        assert boxes[2].y1 <= min(boxes[0].y0, boxes[1].y0)
+        assert main.get_position().intervaly == pytest.approx(side.get_position().intervaly)
     for axes, texts in ((main, main.get_yticklabels()), (side, side.texts)):
         boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]
         ordered = sorted(boxes, key=lambda box: box.y0)
@@ -243,7 +263,7 @@ def test_deep_models_and_single_cells_are_drawn_legibly(tmp_path, monkeypatch):
         nothing_overlaps(figure)
         assert picture.shape[0] < 3500
         assert figure.axes[0].get_yticklabels()[0].get_fontsize() >= 5
-    picture, figure = drawn(monkeypatch, FisherSummary({(0, "lora_A"): Share(10, 1.0)}), tmp_path / "one.png")
+    picture, figure = drawn(monkeypatch, FisherSummary({(0, "q lora_A"): Share(10, 1.0)}), tmp_path / "one.png")
     low, high = figure.axes[0].images[1].get_clim()
     assert high / low == pytest.approx(10)
     nothing_overlaps(figure)

@@ -105,6 +105,15 @@ def test_matrices_of_any_strides_and_the_inputs_dtype(impl: str):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("ghost", [True, False])
+def test_offsets_of_any_stride(impl: str, ghost: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(implementation, "_ghost_is_cheaper", lambda *_: ghost)
+    strided = torch.stack([OFFSETS, OFFSETS + 1], 1)[:, 0]
+    got, expected = (ops.gradient_products(A, D, o, norm=True, impl=impl).square_norm for o in (strided, OFFSETS))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_many_blocks_give_the_same_bits_again_and_equal_the_oracle(impl: str, monkeypatch: pytest.MonkeyPatch):
     from fastforget_kernels import example_gradients as kernels
 

@@ -38,6 +38,8 @@ X, W, T = head()
     ("arguments", "error", "message"),
     [
         ((X[0], W, T), ValueError, r"input: expected shape \[S, H\], got \(5,\); flatten"),
+        ((X.tolist(), W, T), TypeError, r"input: expected a tensor, got list; call torch.tensor\(\)"),
+        ((X, W, T.tolist()), TypeError, "target: expected a tensor, got list"),
         ((X.long(), W, T), TypeError, "input: expected float32"),
         ((X, W[:, 1:], T), ValueError, r"linear_weight: expected shape \[V, H\] = \(V, 5\), got \(11, 4\)"),
         ((X, W[:0], T), ValueError, "linear_weight: expected shape"),
@@ -59,6 +61,7 @@ def test_bad_tensors(arguments, error, message):
     [
         ({"linear_bias": W[:3, 0]}, ValueError, r"linear_bias: expected shape \[V\] = \(11,\), got \(3,\)"),
         ({"linear_bias": W[:, 0].half()}, TypeError, "linear_bias: expected torch.float32"),
+        ({"linear_bias": [0.0] * 11}, TypeError, "linear_bias: expected a tensor, got list"),
         ({"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0 or None, got 0.0"),
         ({"softcap": float("inf")}, ValueError, "softcap: expected"),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
@@ -167,6 +170,22 @@ def test_autocast_casts_as_linear_does():
     expected = ops.linear_cross_entropy(X.bfloat16(), W.bfloat16(), T)
     assert torch.equal(result.loss, expected.loss)
     assert result.loss.dtype == torch.float32
+    for name, x, w in (("input", X.long(), W), ("linear_weight", X, W.double())):  # refused by linear, too
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=f"{name}: expected"):
+            ops.linear_cross_entropy(x, w, T)
+
+
+@pytest.mark.parametrize("impl", ["torch", INTERPRETER])
+def test_bias_of_any_stride(impl: str):
+    losses, grads = [], []
+    for bias in (W[:, 0].clone(), W[:, 0], W[:1, 0].expand(11), W[:1, 0].repeat(11)):
+        x = X.clone().requires_grad_()
+        losses.append(ops.linear_cross_entropy(x, W, T, linear_bias=bias, impl=impl).loss)
+        grads.append(torch.autograd.grad(losses[-1].sum(), x)[0])
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[2], losses[3])
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[2], grads[3])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, from the interpreter

@@ -349,6 +349,11 @@ def test_a_diverged_model_gives_nan_and_is_checked_when_it_is_finite_again():
             ValueError,
             r"attention_mask: expected shape .* got \(3, 9\)",
         ),
+        (
+            {"input_ids": IDS, "attention_mask": IDS.masked_fill(MASK == 0, -100)},
+            ValueError,
+            r"attention_mask: expected values >= 0, got -100 at row \d, token \d; were labels passed in its place\? pass l",
+        ),
         ({"input_ids": IDS, "labels": IDS[:, 1:]}, ValueError, "pass unshifted labels"),
         ({"input_ids": IDS, "labels": IDS.int()}, TypeError, "labels: expected int64, got int32"),
         ({"input_ids": IDS, "labels": IDS - 50}, ValueError, r"labels: expected values in \[0, 131\) or -100, got -"),

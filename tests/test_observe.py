@@ -11,6 +11,7 @@ from architectures.families import build
 from architectures.layouts import packed, padded, some_examples
 from fisher_oracle import assert_exact, batch_1_fisher, float64_throughout
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastforget as ff
 from fastforget.fisher.passes import NonFiniteError
@@ -22,11 +23,6 @@ IGNORE = -100
 def only_float64() -> Iterator[None]:
     with float64_throughout():
         yield
-
-
-@pytest.fixture
-def model() -> Any:
-    return build("Llama, tied", torch.float64).eval()
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +115,8 @@ BAD_CALLS = [
         r"weights: expected shape \[B\] = \(4,\), got \(2,\); pass one for every example",
     ),
     (as_it_is, {"weights": [1.0, 2.0, -1.0, 0.0]}, r"weights: expected finite numbers >= 0, got others"),
+    (as_it_is, {"loss_factor": 0.0}, r"loss_factor: expected a finite number other than 0, got 0"),
+    (as_it_is, {"loss_factor": torch.inf}, r"loss_factor: expected a finite number other than 0, got inf"),
 ]
 
 
@@ -277,6 +275,34 @@ def test_what_is_not_finite(per: str, model: Any, batch: dict[str, Tensor]):
             pass
 
 
+@pytest.mark.parametrize("factor", [0.0, torch.inf])
+def test_a_loss_that_is_multiplied_away(factor: float, model: Any, batch: dict[str, Tensor], examples: list[Tensor]):
+    """What reaches the model's loss is divided by: a caller that skips a micro-batch by a factor 0 has to leave it out."""
+    fisher = ff.DiagonalFisher(model)
+    message = rf"loss: expected a finite factor other than 0 .*got {factor}.*leave the call out of the observed block"
+    with pytest.raises(ValueError, match=message), fisher.observe():
+        (model(**batch).loss * factor).backward()
+    assert not any(bool(value.any()) for value in fisher.state_dict().values())
+    with fisher.observe():
+        (model(**batch).loss * 1e-100).backward()
+    assert_exact(fisher.diagonal(), batch_1_fisher(model, examples), torch.float64)
+    with pytest.raises(ValueError, match=message), fisher.observe():
+        torch.stack([model(**batch).loss * by for by in (factor, 1.0)]).sum().backward()
+    with pytest.raises(ValueError, match="the estimate is invalid"):
+        fisher.diagonal()
+
+
+def test_a_part_of_the_model_with_gradients(model: Any, batch: dict[str, Tensor]):
+    """Its gradients would be taken for the last call's."""
+    fisher = ff.DiagonalFisher(model)
+    message = r"observe: model.norm was called with gradients, but not in a call of the model; .*torch.no_grad\(\)"
+    with fisher.observe():
+        hidden = model(**batch, output_hidden_states=True).hidden_states[-1]
+        with pytest.raises(ValueError, match=message):
+            model.model.norm(hidden)
+        step(model, batch)
+
+
 # What is allowed inside -----------------------------------------------------------------------------------------------
 
 
@@ -327,3 +353,64 @@ def test_the_square_of_a_step(model: Any, batch: dict[str, Tensor]):
     model.zero_grad(set_to_none=False)
     with fisher.observe():
         step(model, batch)
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def micro_batches(examples: list[Tensor]) -> list[dict[str, Tensor]]:
+    return [with_labels(padded(examples[:2], "right")), with_labels(padded(examples[1:], "right"))]
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("family", ["Llama, tied", "GPT-2"])
+def test_gradient_checkpointing_of_two_calls_before_the_backward(
+    family: str, use_reentrant: bool, micro_batches: list[dict[str, Tensor]], examples: list[Tensor]
+):
+    """What the backward computes again belongs to the call that it was computed in."""
+    model = build(family, torch.float64).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    before = [vars(module).get("_gradient_checkpointing_func") for module in model.modules()]
+    fisher = ff.DiagonalFisher(model)
+    with fisher.observe():
+        first, second = (model(**batch).loss for batch in micro_batches)
+        (first / 2 + second).backward()
+    assert_exact(fisher.diagonal(), batch_1_fisher(model, [*examples[:2], *examples[1:]]), torch.float64)
+    with pytest.raises(RuntimeError, match="on purpose"), fisher.observe():
+        raise RuntimeError("on purpose")
+    assert [vars(module).get("_gradient_checkpointing_func") for module in model.modules()] == before
+
+
+class Checkpointed(nn.Module):
+    """A checkpoint of the model's own code, in training."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.linear, self.use_reentrant = nn.Linear(32, 32, dtype=torch.float64), use_reentrant
+
+    def forward(self, x: Tensor) -> Any:
+        y = checkpoint(self.linear, x, use_reentrant=self.use_reentrant) if self.training else self.linear(x)
+        return x + y
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_of_the_models_own(
+    use_reentrant: bool, micro_batches: list[dict[str, Tensor]], examples: list[Tensor]
+):
+    """Only one call can be meant where each call's backward comes before the next call."""
+    model = build("Llama", torch.float64)
+    model.model.norm = nn.Sequential(model.model.norm, Checkpointed(use_reentrant))
+    model.train()
+    fisher = ff.DiagonalFisher(model)
+    with fisher.observe():
+        for batch in micro_batches:
+            step(model, batch)
+    assert_exact(fisher.diagonal(), batch_1_fisher(model, [*examples[:2], *examples[1:]]), torch.float64)
+    message = r"model: a checkpoint of its own computes model.norm.1.linear again, for one of 2 calls; run every call's"
+    with pytest.raises(ValueError, match=message), fisher.observe():
+        torch.stack([model(**batch).loss for batch in micro_batches]).sum().backward()

@@ -54,7 +54,8 @@ class DiagonalFisher:
         model: A transformers causal language model; PEFT, DDP, FSDP2 and `torch.compile` wrappers are fine.
         per: "example" is the Fisher above. "position" squares every position's contribution, `(d^2)^T a^2`: cheaper, and
             another quantity. "batch_mean" squares the gradient of the mean loss of a batch, once an update, as most
-            EWC code does.
+            EWC code does: that averaged over the processes under FSDP2 and in `observe` under DDP, whose `.grad` it is,
+            but each process's own in `update` under DDP, which does not wait for the others.
         labels: "data" for the empirical Fisher, "sampled" for labels drawn from the model's own distribution.
         loss: "mean" or "sum" over an example's targets.
         samples: Draws an example, for sampled labels.
@@ -305,6 +306,7 @@ class DiagonalFisher:
             "skipped": int(self._over_processes(len(self._counts.skipped))),
             "dtype": ", ".join(dtypes),
             "aliases": self._watched.aliases,
+            "parameters": self._watched.filter,
             "fastforget": __version__,
         }
 

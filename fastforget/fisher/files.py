@@ -20,7 +20,7 @@ __all__ = ["check_fisher", "combine_fishers", "load_fisher", "save_fisher"]
 # One entry holds everything: safetensors writes several in an order that changes from run to run.
 HEADER_KEY = "fastforget"
 KIND, FORMAT_VERSION = "diagonal Fisher", 1
-CONVENTION = ("model_type", "per", "labels", "loss")  # what Fishers have to share to be averaged
+CONVENTION = ("model_type", "per", "batch_size", "labels", "loss")  # what Fishers have to share to be averaged
 COUNTERS = ("examples", "tokens", "weight_sum", "skipped")  # what adds up
 NAMES_SHOWN = 5
 
@@ -77,8 +77,9 @@ def check_fisher(fisher: Any, model: nn.Module) -> None:
 
     Args:
         fisher: an estimator, a `{name: tensor}` or a path.
-        model: the model, wrapped or not. Every parameter that requires a gradient needs a tensor of its shape, and
-            every tensor a parameter; tied parameters need one between them. Freeze what the Fisher leaves out.
+        model: the model, wrapped or not. Every tensor needs a parameter of its shape. Every parameter that requires a
+            gradient needs a tensor, unless the Fisher's metadata say that it is that of chosen `parameters`; tied
+            parameters need one between them.
 
     Raises:
         ValueError: if tensors are missing, unexpected or of another shape; the message names the first of each.
@@ -95,7 +96,7 @@ def check_fisher(fisher: Any, model: nn.Module) -> None:
             used.add(stored)
             shape, expected = tuple(fisher[stored].shape), tuple(parameter.shape)
             reshaped += [f"{first} {shape} for {expected}"] if shape != expected else []
-        elif parameter.requires_grad:
+        elif parameter.requires_grad and not fisher.metadata.get("parameters"):
             missing.append(first)
     unexpected = [name for name in fisher if name not in used]
     if missing or unexpected or reshaped:
@@ -104,7 +105,8 @@ def check_fisher(fisher: Any, model: nn.Module) -> None:
         raise ValueError(
             f"fisher: expected the trainable parameters of {type(model).__name__}, got a Fisher{of} with "
             + "; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in found.items() if names)
-            + "; load the model that the Fisher was computed on, and freeze (requires_grad_(False)) what it leaves out"
+            + "; load the model that the Fisher was computed on"
+            + (", and freeze (requires_grad_(False)) what it leaves out" if missing else "")
         )
 
 

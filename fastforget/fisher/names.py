@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-__all__ = ["Fisher", "as_fisher", "canonical_name"]
+__all__ = ["Fisher", "as_fisher", "canonical_name", "matching_names"]
 
 # What torch.compile, FSDP, activation checkpointing and PEFT put into the path of the module that they wrap.
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "original_module"}
@@ -43,6 +46,40 @@ def canonical_name(name: str) -> str:
             parts = parts[1:]
         else:
             return ".".join(parts)
+
+
+def matching_names(names: Mapping[str, Sequence[str]], patterns: Iterable[str]) -> set[str]:
+    """The parameters that patterns match.
+
+    Args:
+        names: canonical names, each with the parameter's other names.
+        patterns: shell patterns such as `*.mlp.*`.
+
+    Returns:
+        Those of which a name matches at least one.
+
+    Raises:
+        ValueError: if a pattern matches none; the message says which pattern would match something near.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name, also in names.items() if any(fnmatchcase(n, pattern) for n in (name, *also))}
+        if names and not matched:
+            raise ValueError(
+                f"parameters: expected patterns that match trainable parameters, got none: {pattern!r} matches none of "
+                f"{len(names)} names such as {next(iter(names))!r}; did you mean {_pattern_near(pattern, names)}?"
+            )
+        found |= matched
+    return found
+
+
+def _pattern_near(pattern: str, names: Iterable[str]) -> str:
+    """Patterns that match, as near as possible to one that does not."""
+    wider = f"*{pattern.strip('*')}*"
+    if any(fnmatchcase(name, wider) for name in names):
+        return repr(wider)
+    of_all_layers = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+    return " or ".join(map(repr, difflib.get_close_matches(pattern, of_all_layers, n=2, cutoff=0.0)))
 
 
 class Fisher(dict[str, Tensor]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from fastforget._head import current_forward, swapped_forward
 from fastforget.fisher.examples import Examples
 from fastforget.fisher.passes import NonFiniteError, example_weights
 from fastforget.fisher.tape import Tape
-from fastforget.fisher.watched import Watched
+from fastforget.fisher.watched import Watched, checkpoints_replaced
 from fastforget.perplexity import IGNORE
 
 __all__ = ["Batch", "Observer"]
@@ -56,6 +57,8 @@ class Observer:
     first: int
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.factor) or self.factor == 0:
+            raise ValueError(f"loss_factor: expected a finite number other than 0, got {self.factor}; it is divided by")
         self.batches: list[Batch] = []
         self.before = {name: _state_of(p.grad) for name, p in self.watched.wanted.items()}
         self.calls = 0
@@ -71,8 +74,11 @@ class Observer:
                 return original(*args, **kwargs)
             call = _arguments(original, args, kwargs)
             batch = self._read(call)
-            self.tape.examples = batch.examples
-            output = original(*args, **kwargs)
+            pending = [examples for examples in self.tape.pending if examples not in self.tape.batches]
+            self.tape.pending = [*pending, batch.examples]
+            with self.tape.calling(batch.examples) as seen:
+                output = original(*args, **kwargs)
+                seen.refuse_others(output)
             self.calls += 1
             loss = getattr(output, "loss", None)
             if loss is not None and not bool(loss.isfinite()):
@@ -88,7 +94,8 @@ class Observer:
             self.batches.append(batch)
             return output
 
-        with swapped_forward(self.watched.base, forward):
+        checkpoints = checkpoints_replaced(self.watched.inner, self.tape.checkpointing)
+        with checkpoints, swapped_forward(self.watched.base, forward):
             yield
 
     def finished(self) -> list[Batch]:
@@ -238,7 +245,14 @@ def owners_of(
 
 def _undo(examples: Examples, grad: Tensor) -> None:
     """The gradient that arrives at the model's loss is what the caller multiplied it by: accumulation, a loss scaler."""
-    examples.weights = examples.weights / grad.detach().to(examples.weights) ** 2
+    factor = grad.detach().to(examples.weights)
+    weights = examples.weights / factor**2
+    if not bool(factor.isfinite() & weights.isfinite().all()):
+        raise ValueError(
+            f"loss: expected a finite factor other than 0 between the model's loss and the backward, got {float(grad)}, which "
+            "cannot be undone; leave the call out of the observed block, or run it under torch.no_grad()"
+        )
+    examples.weights = weights
 
 
 def _state_of(grad: Tensor | None) -> tuple[int, int] | None:

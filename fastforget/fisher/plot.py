@@ -42,7 +42,7 @@ def plot_summary(summary: FisherSummary, path: str | os.PathLike[str]) -> Path:
     row_height = min(max(0.24, 3.6 / rows), 16.0 / rows, 0.42)  # inches
     text = min(9.0, 0.7 * 72 * row_height)  # points
     width = CELL * max(columns, 7)
-    figure = Figure(figsize=(width + 5.2, row_height * rows + 2.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width + 4.4, row_height * rows + 3.0), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     main, side = figure.subplots(1, 2, width_ratios=[width, 2.4], sharey=True)
     image = _draw_means(main, summary)
@@ -54,9 +54,17 @@ def plot_summary(summary: FisherSummary, path: str | os.PathLike[str]) -> Path:
     if image is not None:
         lowest = float(image.get_array().min())
         extend = "min" if lowest < image.norm.vmin else "neither"
-        slim = max(18.0, 5.0 * figure.get_figheight())
-        bar = figure.colorbar(image, ax=side, extend=extend, extendfrac=0.02, fraction=0.3, pad=0.06, aspect=slim)
-        bar.set_label(f"mean F, {summary.unit}")
+        # Below both, so that their rows stay side by side.
+        place = {
+            "location": "bottom",
+            "anchor": (0.0, 0.0),
+            "shrink": 0.6,
+            "aspect": 40,
+            "pad": 0.2 / figure.get_figheight(),
+        }
+        bar = figure.colorbar(image, ax=[main, side], extend=extend, extendfrac=0.02, **place)
+        bar.set_label(f"mean F, {summary.unit}", fontsize=9)
+        bar.ax.tick_params(labelsize=8)
     figure.suptitle(_title(summary), fontsize=13, weight="bold")
     figure.supxlabel(_caption(summary), fontsize=9, color="0.3")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +120,7 @@ def _title(summary: FisherSummary) -> str:
 def _caption(summary: FisherSummary) -> str:
     total, about = summary.total, summary.metadata
     parts = [f"{total.parameters:,} parameters", f"mass {total.mass:.3g}", f"mean F {total.mean:.3g}"]
-    parts += [f"{name} = {about[name]}" for name in ("per", "labels", "loss") if name in about]
+    parts += [f"{name} = {about[name]}" for name in ("per", "batch_size", "labels", "loss") if name in about]
     caveats = ["grey: F = 0"] if any(share.mean == 0 for share in summary.cells.values()) else []
     if total.nonfinite:
         caveats.append(f"{total.nonfinite:,} values are NaN or infinite and left out (red: all of a cell)")

@@ -55,7 +55,7 @@ KINDS: dict[str, re.Pattern[str]] = {
         EMBEDDING: rf"{_EMBED}\.$",
     }.items()
 }
-LORA = re.compile(r"\.lora_(?:embedding_)?([AB])\.")
+LORA = re.compile(r"\.lora_(?:embedding_)?(A|B|magnitude)")
 NOT_A_MODULE = ("weight", "bias")
 ROWS_SHOWN = 5
 
@@ -87,12 +87,12 @@ def kind_of(name: str) -> str:
         name: its name.
 
     Returns:
-        A key of `KINDS`, or "bias", "lora_A", "lora_B" or "other".
+        A key of `KINDS`, "bias" or "other"; of an adapter the kind of what it adapts, as in "q lora_A".
     """
     name = canonical_name(name)
-    lora = LORA.search(f".{name}.")
+    lora = LORA.search(f".{name}")
     if lora:
-        return f"lora_{lora[1]}"
+        return f"{kind_of(name.partition('.lora_')[0] + '.weight')} lora_{lora[1]}"
     path = _path(name)
     if KINDS["experts"].search(path):
         return "experts"
@@ -157,9 +157,10 @@ class FisherSummary:
     def kinds(self) -> list[str]:
         """The kinds: attention, feed-forward, the rest."""
         attention, mlp = ["q", "k", "v", "kv", "qkv", "o"], [kind for kind in KINDS if kind.startswith(("mlp", "fc"))]
-        order = [*attention, *mlp, "router", "experts", "state space", "lora_A", "lora_B", "norm", "bias"]
-        order += [EMBEDDING, HEAD, OTHER]
-        return sorted({kind for _, kind in self.cells}, key=order.index)
+        order = [*attention, *mlp, "router", "experts", "state space", "norm", "bias", EMBEDDING, HEAD, OTHER]
+        return sorted(
+            {kind for _, kind in self.cells}, key=lambda kind: (order.index(kind.partition(" lora_")[0]), kind)
+        )
 
     @property
     def total(self) -> Share:

@@ -4,7 +4,7 @@ While a tape runs, the forward of every module that owns trainable parameters is
 and taps its outputs, so that the backward hands over their gradients together with the inputs. The forward itself is the
 model's own, bit for bit. How gradients are told apart is the module's tier:
 
-- "uses": each torch function that takes the parameter has a rule (`rules.FUNCTIONS`);
+- "uses": each torch function that takes the parameter has a rule (`uses.FUNCTIONS`);
 - "module": the module's class has a rule (`rules.MODULES`), such as 3-D experts or a user's;
 - "broadcast": the module is computed again with one copy of the parameter an example, all at once;
 - "slice": it is computed again example by example, on the example's row; "whole": on all rows, with the output gradient of
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fastforget._head import current_forward, swapped_forward
 from fastforget.fisher.examples import Examples, LayoutError
 from fastforget.fisher.gradients import How, Piece, PositionError, accumulate_
+from fastforget.fisher.graph import Seen, in_backward
 
 if TYPE_CHECKING:
     from fastforget.fisher.sums import Sums
@@ -103,7 +104,11 @@ class Tape:
     how: How = field(default_factory=How)
     fuse_grad: bool = False
     examples: Examples | None = None
-    """Of the forward that is running."""
+    """Of the forward that is running; None outside an observed call."""
+    seen: Seen | None = None
+    """What rules see of an observed call."""
+    pending: list[Examples] = field(default_factory=list)
+    """Of observed calls whose backward may still come."""
     paused: bool = False
     """A rule is computing a module again: the swapped forwards step aside."""
     open: bool = True
@@ -134,14 +139,18 @@ class Tape:
         wanted = not self.selected.isdisjoint(owner.parameters.values())
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.paused or self.examples is None or not (self.detach or torch.is_grad_enabled()):
+            if self.paused or not (self.detach or torch.is_grad_enabled()):
                 return original(*args, **kwargs)
             if not wanted:
                 with self.without_gradients(owner):
                     return original(*args, **kwargs)
+            if self.examples is None:
+                with self.calling(self._computed_again(owner)):
+                    return forward(*args, **kwargs)
             while True:
                 try:
-                    return forward_by_tier(self, owner, original, args, kwargs)
+                    with self.seeing(owner):
+                        return forward_by_tier(self, owner, original, args, kwargs)
                 except (NoRule, LayoutError) as error:
                     if self.failures is None:
                         raise ValueError(
@@ -161,6 +170,67 @@ class Tape:
                     ) from error
 
         return forward
+
+    @contextlib.contextmanager
+    def calling(self, examples: Examples) -> Iterator[Seen]:
+        """A forward of these examples inside, or a part of one that is computed again."""
+        before = self.examples, self.seen
+        held = {n: o.holders[path]._parameters.get(a) for o in self.owners for (path, a), n in o.parameters.items()}
+        seen = Seen({name: tensor for name, tensor in held.items() if tensor is not None and name in self.selected})
+        self.examples, self.seen = examples, seen
+        try:
+            yield seen
+        finally:
+            self.examples, self.seen = before
+
+    def checkpointing(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that checkpoints, such that what it computes again belongs to the call that it was computed in.
+
+        Args:
+            checkpoint: Takes a function and its arguments.
+
+        Returns:
+            The same.
+        """
+
+        def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            examples = self.examples
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if examples is None or not in_backward():
+                    return function(*args, **kwargs)
+                with self.calling(examples) as seen:
+                    output = function(*args, **kwargs)
+                    seen.refuse_others(output)
+                    return output
+
+            return checkpoint(run, *args, **kwargs)
+
+        return bound
+
+    def _computed_again(self, owner: Owner) -> Examples:
+        """Of the call whose part a checkpoint of the model's own code computes again."""
+        if not in_backward():
+            raise ValueError(
+                f"observe: {owner.path} was called with gradients, but not in a call of the model; call the model itself, or "
+                "leave the `with` block, or use torch.no_grad()"
+            )
+        if len(self.pending) != 1:
+            raise ValueError(
+                f"model: a checkpoint of its own computes {owner.path} again, for one of {len(self.pending)} calls; run every "
+                "call's backward before the next call, or checkpoint as transformers does"
+            )
+        return self.pending[0]
+
+    @contextlib.contextmanager
+    def seeing(self, owner: Owner) -> Iterator[None]:
+        """A module's forward, in which its parameters may be used in any way, unless its functions are what is tapped."""
+        if self.seen is None or owner.tier == "uses":
+            yield
+            return
+        self.seen.know(owner.tensors())
+        with self.seen.span(owner.parameters.values()):
+            yield
 
     def without_gradients(self, owner: Owner) -> contextlib.AbstractContextManager[None]:
         """In `update` an owner's parameters get no gradient; in `observe` they get the caller's."""

@@ -6,6 +6,7 @@ through, for most norms.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -65,11 +66,16 @@ class Uses(TorchFunctionMode):
     def __init__(self, tape: Tape, owner: Owner) -> None:
         super().__init__()
         self.tape, self.owner = tape, owner
-        self.uses = {id(parameter): _Use(parameter, name) for name, parameter in owner.tensors().items()}
+        tensors = owner.tensors()
+        self.uses = {id(parameter): _Use(parameter, name) for name, parameter in tensors.items()}
+        if tape.seen is not None:
+            tape.seen.know(tensors)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        values = (*args, *kwargs.values())
+        values = [
+            v for value in (*args, *kwargs.values()) for v in (value if type(value) in (list, tuple) else (value,))
+        ]
         used = [self.uses[id(value)] for value in values if id(value) in self.uses]
         if not used:
             return func(*args, **kwargs)
@@ -81,7 +87,8 @@ class Uses(TorchFunctionMode):
                 func in FUNCTIONS and FUNCTIONS[func] is _add and not any(isinstance(v, Tensor) for v in values[1:])
             )
             if asked in _CASTS or number or (asked in _TRANSPOSES and used[0].tensor.ndim == 2):
-                derived = func(self.plain(args[0]), *args[1:], **kwargs)
+                with self.seen(used):
+                    derived = func(self.plain(args[0]), *args[1:], **kwargs)
                 transposed = used[0].transposed ^ (asked in _TRANSPOSES)
                 self.uses[id(derived)] = _Use(derived, used[0].name, transposed)
                 return derived
@@ -91,7 +98,12 @@ class Uses(TorchFunctionMode):
             SIGNATURES[func].bind(self, func, *args, **kwargs)
         except TypeError as error:
             raise NoRule(func) from error
-        return FUNCTIONS[func](self, func, *args, **kwargs)
+        with self.seen(used):
+            return FUNCTIONS[func](self, func, *args, **kwargs)
+
+    def seen(self, used: list[_Use]) -> contextlib.AbstractContextManager[None]:
+        """What is computed inside is seen by a rule."""
+        return contextlib.nullcontext() if self.tape.seen is None else self.tape.seen.span({use.name for use in used})
 
     def stands(self, value: Any) -> bool:
         """Whether a value stands for a parameter."""

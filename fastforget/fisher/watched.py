@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,15 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastforget._head import find_head, swapped_forward, unwrapped
-from fastforget.fisher.names import canonical_name
+from fastforget.fisher.names import canonical_name, matching_names
 from fastforget.fisher.tape import Owner
 
-__all__ = ["Watched", "checkpointed", "local", "uncompiled"]
+__all__ = ["Watched", "checkpointed", "checkpoints_replaced", "local", "uncompiled"]
 
 Filter = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -36,7 +36,8 @@ class Watched:
         wanted: Patterns, a function of the name, or None for all.
 
     Raises:
-        ValueError: No parameter is left, or the model is no causal language model.
+        ValueError: No parameter is left, the model is no causal language model, or its parameters are on several devices,
+            or are sharded by other means than FSDP2 over all processes.
     """
 
     def __init__(self, model: nn.Module, wanted: Filter) -> None:
@@ -44,6 +45,7 @@ class Watched:
         self.inner: Any = unwrapped(model)
         self.base: Any = self.inner.get_base_model() if hasattr(self.inner, "get_base_model") else self.inner
         self.head = find_head(model)
+        _refuse_places(self.inner, self.base)
         self.owners: list[Owner] = []
         self.loss_checked = False  # that the model's own loss is the one that `observe` undoes
         self.processes: dist.ProcessGroup | None = None  # of a wrapper that only the caller sees
@@ -71,6 +73,9 @@ class Watched:
         self._taken = {id(p): p.dtype for p in self.inner.parameters() if p.requires_grad}
         also = {name: [alias for alias, of in self.aliases.items() if of == name] for name in self.parameters}
         self.selected = _chosen(also, wanted)
+        self.filter = (
+            wanted if wanted is None or isinstance(wanted, str) else "a function" if callable(wanted) else list(wanted)
+        )
         frozen = sum(not parameter.is_floating_point() for parameter in self.inner.parameters())
         if frozen:
             logger.warning("DiagonalFisher: %d quantised parameters are frozen, and have no Fisher", frozen)
@@ -122,7 +127,7 @@ class Watched:
         return {n: local(p.grad) for n, p in self.wanted.items() if p.grad is not None}
 
     def group(self) -> dist.ProcessGroup | None:
-        """The processes whose sums are added to this one's: DDP's, or the mesh's under FSDP2; None for a single process."""
+        """The processes whose sums are added to this one's: DDP's, or all under FSDP2; None for a single process."""
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             return self.model.process_group
         if self.processes is not None:
@@ -151,6 +156,33 @@ class Watched:
         return any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
 
 
+def _refuse_places(model: nn.Module, base: nn.Module) -> None:
+    """Refuse parameters on several devices, and shards that are not those of data parallelism over all processes."""
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1 or "meta" in devices:
+        raise ValueError(
+            f"model: expected all parameters on one device, got {', '.join(devices)}; load it on one device, without "
+            "device_map and offloading, or shard it with FSDP2"
+        )
+    parallel = getattr(base, "_tp_size", None) or 1
+    if parallel > 1:
+        raise ValueError(f"model: expected no tensor parallelism, got tp_size={parallel}; shard it with FSDP2")
+    sharded = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
+    for name, parameter in sharded.items():
+        mesh, placements = parameter.device_mesh, parameter.placements
+        # FSDP2 shards over the mesh's last dimension, and copies over another one before it.
+        data = placements[-1].is_shard() and all(placement.is_replicate() for placement in placements[:-1])
+        if (
+            not (by_fsdp and data and mesh.size() == dist.get_world_size())
+            or mesh != next(iter(sharded.values())).device_mesh
+        ):
+            raise ValueError(
+                f"model: expected parameters sharded by FSDP2 over one mesh of all {dist.get_world_size()} processes, got "
+                f"{name} as {placements} over {tuple(mesh.shape)} processes; leave tensor parallelism out, and shard over all"
+            )
+
+
 def _chosen(names: dict[str, list[str]], wanted: Filter) -> frozenset[str]:
     """Names that are wanted, by their own or an alias."""
     if wanted is None:
@@ -158,19 +190,12 @@ def _chosen(names: dict[str, list[str]], wanted: Filter) -> frozenset[str]:
     elif callable(wanted):
         chosen = frozenset(name for name, also in names.items() if any(map(wanted, (name, *also))))
     else:
-        patterns = [wanted] if isinstance(wanted, str) else list(wanted)
-        matching = {
-            n for n, also in names.items() for p in patterns if any(fnmatch.fnmatchcase(m, p) for m in (n, *also))
-        }
-        chosen = frozenset(matching)
-    if chosen:
-        return chosen
-    what = (
-        f"{wanted!r} matches none of {len(names)} names such as {next(iter(names))!r}"
-        if names
-        else "all have requires_grad=False"
-    )
-    raise ValueError(f"parameters: expected at least one trainable parameter, got none: {what}")
+        patterns = [wanted] if isinstance(wanted, str) else wanted
+        chosen = frozenset(matching_names(names, patterns))
+    if not chosen:
+        what = f"{wanted!r} matches none of {len(names)} names" if names else "all have requires_grad=False"
+        raise ValueError(f"parameters: expected at least one trainable parameter, got none: {what}")
+    return chosen
 
 
 def local(tensor: Any) -> Tensor:
@@ -205,6 +230,26 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                 stack.enter_context(swapped_forward(module, _checkpointing(module.forward)))
+        yield
+
+
+@contextlib.contextmanager
+def checkpoints_replaced(model: nn.Module, by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Another function inside for each that transformers checkpoints with.
+
+    Args:
+        model: Its modules are changed inside.
+        by: Gives the other one.
+
+    Yields:
+        Nothing.
+    """
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            function = vars(module).get("_gradient_checkpointing_func")
+            if function is not None and getattr(module, "gradient_checkpointing", False):
+                module._gradient_checkpointing_func = by(function)  # type: ignore[assignment]
+                stack.callback(setattr, module, "_gradient_checkpointing_func", function)
         yield
 
 

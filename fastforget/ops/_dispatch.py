@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-__all__ = ["resolve"]
+__all__ = ["resolve", "tileable"]
 
 # Settled at import: a cached function would warn under torch.compile, which traces `resolve`.
 _TRITON_PROBLEM: str | None = None
@@ -50,3 +51,16 @@ def resolve(impl: str, device: torch.device) -> tuple[str, str]:
             'impl="torch" (to interpret the kernels on the CPU, set TRITON_INTERPRET=1 before Python starts)'
         )
     return "triton", "asked for"
+
+
+def tileable(tensor: Tensor) -> Tensor:
+    """A matrix whose offsets within a kernel's tile fit 32 bits, as `hidden[:, -1]` of a large tensor's do not.
+
+    Args:
+        tensor: Of any strides.
+
+    Returns:
+        It, or a contiguous copy.
+    """
+    rows = 256  # no tile has more rows or columns
+    return tensor if all(abs(stride) * rows < 2**31 for stride in tensor.stride()) else tensor.contiguous()

@@ -138,7 +138,7 @@ def example_bounds(offsets: Tensor, tokens: int) -> list[int]:
     Raises:
         ValueError: They do not start at 0, decrease, or do not end at S.
     """
-    version = None if offsets.is_inference() else offsets._version  # without a version, a change would go unseen
+    version = _version(offsets)
     known = _bounds.get(offsets) if version is not None else None
     if known is not None and known[:2] == (version, tokens):
         return known[2]
@@ -152,7 +152,9 @@ def example_bounds(offsets: Tensor, tokens: int) -> list[int]:
         raise ValueError(
             f"offsets: expected the last to be S = {tokens}, got {bounds[-1]}; one entry more than examples"
         )
-    if version is not None:
+    if (
+        version is not None and offsets.device.type != "cpu"
+    ):  # there a NumPy array may share the memory; and it is cheap
         _bounds[offsets] = (version, tokens, bounds)
     return bounds
 
@@ -164,5 +166,9 @@ def remember_bounds(offsets: Tensor, bounds: list[int]) -> None:
         offsets: `[B + 1]` int32, right by construction.
         bounds: Its values.
     """
-    if not offsets.is_inference():
-        _bounds[offsets] = (offsets._version, bounds[-1], bounds)
+    _bounds[offsets] = (_version(offsets), bounds[-1], bounds)
+
+
+def _version(offsets: Tensor) -> tuple[int, int] | None:
+    """What changes with the values; None where a change would go unseen."""
+    return None if offsets.is_inference() else (offsets._version, offsets.data_ptr())

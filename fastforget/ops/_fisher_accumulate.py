@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastforget.ops._dispatch import resolve
+from fastforget.ops._dispatch import resolve, tileable
 from fastforget.ops._examples import (
     accumulator,
     capturing,
@@ -99,7 +99,9 @@ def _run(
         if implementation == "triton":
             from fastforget_kernels.example_gradients import fisher_accumulate_ as kernel_
 
-            kernel_(fisher, activations, grad_outputs, offsets, weights, grad_weight, accumulate, allow_tf32)
+            tokens = tileable(activations), tileable(grad_outputs)
+            weights = None if weights is None else weights.contiguous()
+            kernel_(fisher, *tokens, offsets.contiguous(), weights, grad_weight, accumulate, allow_tf32)
         else:
             _torch_accumulate_(fisher, activations, grad_outputs, bounds, weights, grad_weight, accumulate)
 

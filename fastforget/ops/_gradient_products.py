@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastforget.ops._dispatch import resolve
+from fastforget.ops._dispatch import resolve, tileable
 from fastforget.ops._examples import (
     FLOATS,
     accumulator,
@@ -89,14 +89,22 @@ def gradient_products(
         raise ValueError("fisher, direction, norm: expected at least one, got none; pass one of them")
     with torch.no_grad():
         results = _products(activations, grad_outputs, offsets, fisher, direction, norm, allow_tf32, impl)
-    wanted = (direction is not None, fisher is not None, norm)
-    return GradientProducts(*(result if want else None for result, want in zip(results, wanted, strict=True)))
+    return _wanted(results, fisher, direction, norm)
+
+
+def _wanted(
+    results: tuple[Tensor, Tensor, Tensor], fisher: Tensor | None, direction: Tensor | None, norm: bool
+) -> GradientProducts:
+    dot, fisher_norm, square_norm = results
+    return GradientProducts(
+        None if direction is None else dot, None if fisher is None else fisher_norm, square_norm if norm else None
+    )
 
 
 def _empty_results(
     activations: Tensor, offsets: Tensor, fisher: Tensor | None, direction: Tensor | None, norm: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A result that is not wanted is empty: an operation cannot return None."""
+    """A result that is not wanted is empty: a registered operation cannot return None."""
     examples, dtype = offsets.shape[0] - 1, accumulator(activations.dtype)
     dot, fisher_norm, square_norm = (
         activations.new_empty(examples if want else 0, dtype=dtype)
@@ -118,12 +126,30 @@ def _products(
 ) -> tuple[Tensor, Tensor, Tensor]:
     implementation, _ = resolve(impl, activations.device)
     refuse_float64(implementation, activations)
+    triton = implementation == "triton"
+    bounds = [] if triton and capturing(offsets) else example_bounds(offsets, activations.shape[0])
     results = _empty_results(activations, offsets, fisher, direction, norm)
+    dot, _, square_norm = results
+    tokens = (tileable(activations), tileable(grad_outputs))
+    only_norm = fisher is None and direction is None
     with torch.cuda.device_of(activations), torch.autocast(activations.device.type, enabled=False):
-        if implementation == "triton":
-            _triton_products_(*results, activations, grad_outputs, offsets, fisher, direction, norm, allow_tf32)
+        if only_norm and bounds and _ghost_is_cheaper(bounds, *tokens):
+            if triton:
+                from fastforget_kernels.ghost_norm import ghost_norm_
+
+                longest = max((end - start for start, end in itertools.pairwise(bounds)), default=0)
+                ghost_norm_(square_norm, *tokens, offsets.contiguous(), longest, allow_tf32)
+            else:
+                _torch_ghost_norm_(square_norm, *tokens, bounds)
+        elif triton:
+            from fastforget_kernels.example_gradients import gradient_products_
+
+            written = _wanted(results, fisher, direction, norm)
+            gradient_products_(*written, *tokens, offsets.contiguous(), direction, fisher, allow_tf32)
+        elif direction is not None and fisher is None and not norm:
+            _torch_dot_(dot, *tokens, bounds, direction)
         else:
-            _torch_products_(*results, activations, grad_outputs, offsets, fisher, direction, norm)
+            _torch_products_(*results, *tokens, bounds, fisher, direction, norm)
     return results
 
 
@@ -138,57 +164,17 @@ def _ghost_is_cheaper(bounds: list[int], activations: Tensor, grad_outputs: Tens
     return pairs * (inputs + outputs) < bounds[-1] * inputs * outputs
 
 
-def _triton_products_(
-    dot: Tensor,
-    fisher_norm: Tensor,
-    square_norm: Tensor,
-    activations: Tensor,
-    grad_outputs: Tensor,
-    offsets: Tensor,
-    fisher: Tensor | None,
-    direction: Tensor | None,
-    norm: bool,
-    allow_tf32: bool,
-) -> None:
-    from fastforget_kernels.example_gradients import gradient_products_
-    from fastforget_kernels.ghost_norm import ghost_norm_
-
-    bounds = None if capturing(offsets) else example_bounds(offsets, activations.shape[0])
-    if bounds and fisher is None and direction is None and _ghost_is_cheaper(bounds, activations, grad_outputs):
-        longest = max((end - start for start, end in itertools.pairwise(bounds)), default=0)
-        ghost_norm_(square_norm, activations, grad_outputs, offsets, longest, allow_tf32)
-        return
-    gradient_products_(
-        None if direction is None else dot,
-        None if fisher is None else fisher_norm,
-        square_norm if norm else None,
-        activations,
-        grad_outputs,
-        offsets,
-        direction,
-        fisher,
-        allow_tf32,
-    )
-
-
 def _torch_products_(
     dot: Tensor,
     fisher_norm: Tensor,
     square_norm: Tensor,
     activations: Tensor,
     grad_outputs: Tensor,
-    offsets: Tensor,
+    bounds: list[int],
     fisher: Tensor | None,
     direction: Tensor | None,
     norm: bool,
 ) -> None:
-    bounds = example_bounds(offsets, activations.shape[0])
-    if direction is not None and fisher is None and not norm:
-        _torch_dot_(dot, activations, grad_outputs, bounds, direction)
-        return
-    if fisher is None and direction is None and _ghost_is_cheaper(bounds, activations, grad_outputs):
-        _torch_ghost_norm_(square_norm, activations, grad_outputs, bounds)
-        return
     for result in (dot, fisher_norm, square_norm):
         result.zero_()
     for rows, gradients in gradient_blocks(activations, grad_outputs, bounds):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastforget.ops import _linear_cross_entropy_torch as torch_path
-from fastforget.ops._dispatch import resolve
+from fastforget.ops._dispatch import resolve, tileable
+from fastforget.ops._examples import FLOATS, accumulator, capturing
 from fastforget.ops._exponential_race import row_keys
 
 __all__ = ["LinearCrossEntropy", "linear_cross_entropy"]
@@ -87,15 +88,28 @@ def linear_cross_entropy(
         "Online normalizer calculation for softmax", arXiv 1805.02867; Maddison, Tarlow and Minka, "A* Sampling", arXiv
         1411.0030 (Gumbel-max).
     """
-    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+    _check_kinds(input, linear_weight, target, linear_bias)
+    if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
-        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
-        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
+        input, linear_weight = _autocast(input, dtype), _autocast(linear_weight, dtype)
+        linear_bias = None if linear_bias is None else _autocast(linear_bias, dtype)
     _check(input, linear_weight, target, linear_bias, softcap, scale)
     _check_sampling(input, sample_seed, row_ids)
+    linear_bias = None if linear_bias is None else linear_bias.contiguous()  # the kernels take no stride of it
     options = (softcap or 0.0, float(scale), ignore_index, sample_seed, row_ids, impl)
     loss, hit, lse, drawn = _forward(input, linear_weight, target, linear_bias, *options)
     return LinearCrossEntropy(loss, hit, lse, target if sample_seed is None else drawn)
+
+
+def _check_kinds(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("input", input), ("linear_weight", weight), ("target", target), ("linear_bias", bias)):
+        if not (isinstance(tensor, Tensor) or (name == "linear_bias" and tensor is None)):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}; call torch.tensor()")
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autocast leaves alone, float64 and integers, stays for the checks to see."""
+    return tensor.to(dtype) if tensor.dtype in FLOATS[:3] else tensor
 
 
 def _check(
@@ -103,7 +117,7 @@ def _check(
 ) -> None:
     if input.ndim != 2:
         raise ValueError(f"input: expected shape [S, H], got {tuple(input.shape)}; flatten the leading dimensions")
-    if input.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if input.dtype not in FLOATS:
         raise TypeError(f"input: expected float32, bfloat16, float16 or float64, got {input.dtype}")
     if weight.ndim != 2 or weight.shape[1] != input.shape[1] or weight.shape[0] == 0:
         raise ValueError(f"linear_weight: expected shape [V, H] = (V, {input.shape[1]}), got {tuple(weight.shape)}")
@@ -157,7 +171,7 @@ def _implementation(impl: str, input: Tensor) -> str:
 
 def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
     """Refuse labels out of range; not while a CUDA graph is captured, where such a row becomes NaN."""
-    if target.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(target):
         return
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
     if bool(wrong.any()):
@@ -191,11 +205,9 @@ def _forward(
         from fastforget_kernels.linear_cross_entropy import linear_cross_entropy_forward_ as forward_
     else:
         forward_ = torch_path.forward_
-    with (
-        torch.cuda.device_of(input),
-        torch.autocast(input.device.type, enabled=False),
-    ):  # the inputs are cast already; sums stay in float32
-        forward_(loss, hit, lse, input, weight, label, bias, softcap, scale, keys)
+    # The inputs are cast already; sums stay in float32.
+    with torch.cuda.device_of(input), torch.autocast(input.device.type, enabled=False):
+        forward_(loss, hit, lse, tileable(input), tileable(weight), label, bias, softcap, scale, keys)
     ignored = target == ignore_index
     loss.masked_fill_(ignored, 0.0)
     hit.masked_fill_(ignored, False)  # ignore_index may be a class
@@ -205,8 +217,7 @@ def _forward(
 
 
 def _empty_results(input: Tensor, sample_seed: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch_path.accumulator(input.dtype)
-    rows = input.shape[0]
+    dtype, rows = accumulator(input.dtype), input.shape[0]
     return (
         input.new_empty(rows, dtype=dtype),
         input.new_empty(rows, dtype=torch.bool),
@@ -241,24 +252,22 @@ def _backward(
         from fastforget_kernels.add_product import add_product_
         from fastforget_kernels.linear_cross_entropy import linear_cross_entropy_grad_logits as grad_logits
 
+        input, weight = tileable(input), tileable(weight)
         block = _TRITON_ROWS, _TRITON_COLUMNS
     else:
         block = torch_path.ROWS, torch_path.COLUMNS
         grad_logits, add_product_ = torch_path.grad_logits, torch_path.add_product_
-    rows, classes = input.shape[0], weight.shape[0]
-    accumulator = torch_path.accumulator(input.dtype)
-    grad_input = input.new_zeros(input.shape if need_input else 0, dtype=accumulator)
-    grad_weight = (
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0)
-    )
+    rows, classes, dtype = input.shape[0], weight.shape[0], accumulator(input.dtype)
+    grad_input = input.new_zeros(input.shape if need_input else 0, dtype=dtype)
+    grad_weight = weight.new_empty(weight.shape if need_weight else 0)
     grad_bias = weight.new_empty(classes if need_bias else 0)
     with torch.cuda.device_of(input), torch.autocast(input.device.type, enabled=False):
         for v in range(0, classes, block[1]):
             columns = slice(v, v + block[1])
             weight_block = weight[columns]  # [C, H]
             bias_block = None if bias is None else bias[columns]
-            weight_sum = weight.new_zeros(weight_block.shape if need_weight else 0, dtype=accumulator)
-            bias_sum = weight.new_zeros(weight_block.shape[0], dtype=accumulator)
+            weight_sum = weight.new_zeros(weight_block.shape if need_weight else 0, dtype=dtype)
+            bias_sum = weight.new_zeros(weight_block.shape[0], dtype=dtype)
             for s in range(0, rows, block[0]):
                 r = slice(s, s + block[0])
                 row_block = (target[r] - v, lse[r], grad_loss[r], grad_loss[r] + grad_lse[r])
@@ -268,7 +277,7 @@ def _backward(
                 if need_weight:
                     add_product_(weight_sum, grad.T, input[r])
                 if need_bias:
-                    bias_sum += grad.sum(0, dtype=accumulator)
+                    bias_sum += grad.sum(0, dtype=dtype)
             if need_weight:
                 grad_weight[columns] = weight_sum
             if need_bias:
@@ -277,21 +286,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad_loss,
-    grad_lse,
-    input,
-    weight,
-    target,
-    bias,
-    lse,
-    softcap,
-    scale,
-    impl,
-    need_input,
-    need_weight,
-    need_bias,
-):
+def _(grad_loss, grad_lse, input, weight, target, bias, lse, softcap, scale, impl, need_input, need_weight, need_bias):
     return (
         input.new_empty(input.shape if need_input else 0),
         weight.new_empty(weight.shape if need_weight else 0),

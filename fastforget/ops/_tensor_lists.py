@@ -107,9 +107,10 @@ def chunk_elements(tensors: int) -> int:
         tensors: How many tensors a pass touches, scratch included.
 
     Returns:
-        2^18 float32 values, 1 MB, a thread and in all; at least the 2^15 elements that torch gives a thread.
+        2^18 float32 values, 1 MB, a thread and in all; at least the 2^15 elements that torch gives a thread. Whole bytes of
+        a mask with a bit an element.
     """
-    return max(2**18 // tensors, 2**15) * torch.get_num_threads()
+    return max(2**18 // tensors // 8 * 8, 2**15) * torch.get_num_threads()
 
 
 def chunks(tensors: Sequence[Tensor], scratch: int = 0) -> Iterator[tuple[Tensor, ...]]:

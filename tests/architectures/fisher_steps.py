@@ -117,6 +117,15 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
+def bits(fisher: ff.DiagonalFisher) -> dict[str, Tensor]:
+    """Of the estimator's state."""
+    return {name: value.clone() for name, value in fisher.state_dict().items()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
 def same_bits(left: dict[str, Tensor | None], right: dict[str, Tensor | None]) -> list[str]:
     """Names of what differs."""
     pairs = [(name, value, right[name]) for name, value in left.items()]

@@ -22,10 +22,10 @@ dist.init_process_group("gloo")
 torch.set_num_threads(1)
 
 
-def sharded(model):
+def sharded(model, **options):
     for layer in model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
 """
 EPILOGUE = """
 print("ok", dist.get_rank(), flush=True)
