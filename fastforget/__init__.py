@@ -6,26 +6,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastforget import ops, reference
+    from fastforget import ops, optim, reference
     from fastforget.fisher.callback import FisherCallback
     from fastforget.fisher.estimator import DiagonalFisher
     from fastforget.fisher.files import combine_fishers, load_fisher
     from fastforget.fisher.rules import fisher_rule
     from fastforget.matrix import ForgettingMatrix, forgetting_matrix
     from fastforget.perplexity import log_perplexity
+    from fastforget.update.dampening import selective_dampening_
+    from fastforget.update.deltas import add_delta_, load_delta, parameter_delta, save_delta
+    from fastforget.update.masks import load_mask, mask_updates, save_mask, trainable_mask
+    from fastforget.update.merging import fisher_merge
+    from fastforget.update.penalty import ewc_penalty
 
 __version__ = "0.1.0"
 __all__ = [
     "DiagonalFisher",
     "FisherCallback",
     "ForgettingMatrix",
+    "add_delta_",
     "combine_fishers",
+    "ewc_penalty",
+    "fisher_merge",
     "fisher_rule",
     "forgetting_matrix",
+    "load_delta",
     "load_fisher",
+    "load_mask",
     "log_perplexity",
+    "mask_updates",
     "ops",
+    "optim",
+    "parameter_delta",
     "reference",
+    "save_delta",
+    "save_mask",
+    "selective_dampening_",
+    "trainable_mask",
 ]
 
 _HOME = {
@@ -37,6 +54,17 @@ _HOME = {
     "ForgettingMatrix": "fastforget.matrix",
     "forgetting_matrix": "fastforget.matrix",
     "log_perplexity": "fastforget.perplexity",
+    "ewc_penalty": "fastforget.update.penalty",
+    "add_delta_": "fastforget.update.deltas",
+    "fisher_merge": "fastforget.update.merging",
+    "load_delta": "fastforget.update.deltas",
+    "parameter_delta": "fastforget.update.deltas",
+    "save_delta": "fastforget.update.deltas",
+    "selective_dampening_": "fastforget.update.dampening",
+    "load_mask": "fastforget.update.masks",
+    "mask_updates": "fastforget.update.masks",
+    "save_mask": "fastforget.update.masks",
+    "trainable_mask": "fastforget.update.masks",
 }
 
 

@@ -18,6 +18,7 @@ from fastforget import __version__
 if TYPE_CHECKING:
     from fastforget.fisher.names import Fisher
     from fastforget.matrix.result import ForgettingMatrix
+    from fastforget.update.changes import Changes
 
 Result = TypeVar("Result")
 
@@ -188,6 +189,55 @@ def fisher(
 
 
 @app.command()
+def merge(
+    model: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Two or more checkpoints, or hub ids.")],
+    fisher: Annotated[list[Path], typer.Option(help="Fisher of each model, in their order.")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="New folder for the merged checkpoint.")] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="Factor of each model; default: equal ones.")] = None,
+    floor: Annotated[float, typer.Option(help="Least value of a Fisher.")] = 1e-6,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file of the checkpoint.")] = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would change.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show the progress bar.")] = True,
+) -> None:
+    """Merge models by the average of their parameters, weighted by their Fishers.
+
+    Tensors are read and written one by one. The configuration and the tokenizer are those of the first model.
+    """
+    from fastforget.update.changes import Changes
+    from fastforget.update.merging import fisher_merge
+
+    _check_out(out, dry_run)
+    settings: dict[str, Any] = {"floor": floor, "max_shard_size": max_shard_size, "progress": progress}
+    changes = fisher_merge(model, fisher, weight or None, out=out, dry_run=dry_run, **settings)
+    if isinstance(changes, Changes):  # always, with these arguments
+        _print_changes(changes, "Entries that differ from the first model's", None if dry_run else out)
+
+
+@app.command()
+def dampen(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the checkpoint.")],
+    forget: Annotated[Path, typer.Option(help="Fisher of what is to be forgotten.")],
+    retain: Annotated[Path, typer.Option(help="Fisher of what is to be kept.")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="New folder for the dampened checkpoint.")] = None,
+    alpha: Annotated[float, typer.Option(help="Least ratio of the Fishers that is dampened.")] = 10.0,
+    lam: Annotated[float, typer.Option(help="Factor of the ratio that an entry shrinks by.")] = 1.0,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file of the checkpoint.")] = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would change.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show the progress bar.")] = True,
+) -> None:
+    """Make a model forget by selective synaptic dampening.
+
+    Parameters that matter for what is to be forgotten, and little for the rest, shrink by the ratio of the two Fishers.
+    """
+    from fastforget.update.dampening import dampen_checkpoint
+
+    _check_out(out, dry_run)
+    settings: dict[str, Any] = {"alpha": alpha, "lam": lam, "max_shard_size": max_shard_size, "progress": progress}
+    changes = dampen_checkpoint(model, out, forget=forget, retain=retain, dry_run=dry_run, **settings)
+    _print_changes(changes, "Dampened entries", None if dry_run else out)
+
+
+@app.command()
 def plot(
     out: Annotated[Path, typer.Argument(help="Folder of a forgetting matrix.")],
     to: Annotated[Path | None, typer.Option(help="PNG to write; default: heatmap.png in the folder.")] = None,
@@ -307,6 +357,22 @@ def _summarise(fisher: Fisher, out: Path) -> None:
     for line in summary.remarks():
         typer.echo(line)
     typer.echo(f"wrote {summary.plot(out.with_suffix('.png'))}")
+
+
+def _check_out(out: Path | None, dry_run: bool) -> None:
+    if out is None and not dry_run:
+        raise ValueError("out: expected --out, got none; or pass --dry-run to count only")
+
+
+def _print_changes(changes: Changes, title: str, written: Path | None) -> None:
+    """Print what changes, by layer and by kind of parameter."""
+    from rich.console import Console
+
+    Console().print(*changes.tables(title), sep="\n")
+    if changes.averaged:
+        first = ", ".join(changes.averaged[:3])
+        typer.echo(f"{len(changes.averaged)} tensors have no Fisher and are the weighted mean, first {first}")
+    typer.echo(f"wrote {written}" if written else "nothing was written")
 
 
 def _draw(matrix: ForgettingMatrix, to: Path) -> None:

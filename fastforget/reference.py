@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "adamw",
+    "dampen",
     "example_gradients",
     "fisher_accumulate",
+    "fisher_merge",
     "gradient_products",
     "gumbel_noise",
     "linear_cross_entropy",
+    "sgd",
     "square_accumulate",
+    "topk_threshold",
 ]
 
 
@@ -175,3 +181,178 @@ def square_accumulate(
         As many tensors.
     """
     return [decay * fisher + scale * grad.square() for fisher, grad in zip(fishers, grads, strict=True)]
+
+
+def topk_threshold(tensors: Sequence[Tensor], k: int, *, largest: bool = True) -> tuple[float, list[Tensor]]:
+    """The k-th value of all elements by a stable sort, and which elements are the k first of it.
+
+    Args:
+        tensors: Tensors of any shapes and dtypes.
+        k: How many.
+        largest: Whether the largest come first.
+
+    Returns:
+        The value, and a boolean tensor for each.
+    """
+    values = torch.cat([tensor.flatten().double() for tensor in tensors]) + 0.0
+    order = values.argsort(descending=largest, stable=True)
+    chosen = torch.zeros_like(values, dtype=torch.bool)
+    chosen[order[:k]] = True
+    masks = chosen.split([tensor.numel() for tensor in tensors])
+    return values[order[k - 1]].item(), [mask.view(t.shape) for mask, t in zip(masks, tensors, strict=True)]
+
+
+def dampen(
+    params: Sequence[Tensor], forget: Sequence[Tensor], retain: Sequence[Tensor], *, alpha: float, lam: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`theta min(lam F_retain / F_forget, 1)` where `F_forget > alpha F_retain`, and where that is.
+
+    Args:
+        params: Tensors of any shape.
+        forget: As many Fishers.
+        retain: As many Fishers.
+        alpha: Least ratio that is dampened.
+        lam: Factor of the ratio.
+
+    Returns:
+        As many tensors in the parameters' dtypes, and as many boolean ones.
+    """
+    chosen = [f > alpha * r for f, r in zip(forget, retain, strict=True)]
+    factors = [(lam * r / f).clamp(max=1.0) for f, r in zip(forget, retain, strict=True)]
+    dampened = [torch.where(c, p * x, p).to(p.dtype) for p, x, c in zip(params, factors, chosen, strict=True)]
+    return dampened, chosen
+
+
+def fisher_merge(
+    models: Sequence[Sequence[Tensor]], fishers: Sequence[Sequence[Tensor]], weights: Sequence[float], *, floor: float
+) -> list[Tensor]:
+    """`sum_j c_j F_j theta_j / sum_j c_j F_j`, F_j at least `floor`.
+
+    Args:
+        models: J lists of tensors.
+        fishers: J lists of as many Fishers.
+        weights: J factors.
+        floor: Least value of a Fisher.
+
+    Returns:
+        As many tensors, in the models' dtypes.
+    """
+    merged = []
+    for params, precisions in zip(zip(*models, strict=True), zip(*fishers, strict=True), strict=True):
+        factors = torch.stack([c * f.clamp(min=floor) for c, f in zip(weights, precisions, strict=True)])
+        numerator = (factors * torch.stack(params)).sum(0)
+        merged.append((numerator / factors.sum(0)).to(params[0].dtype))
+    return merged
+
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: float,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    max_exp_avg_sq: Tensor | None = None,
+    maximize: bool = False,
+    **steering: Any,
+) -> dict[str, Tensor]:
+    r"""One step of AdamW, `theta' = (1 - lr wd) theta - lr m_hat / (sqrt(v_hat) + eps)`, steered by a Fisher.
+
+    Args:
+        param: Of any shape.
+        grad: Its gradient.
+        exp_avg: m before the step.
+        exp_avg_sq: v before the step.
+        step: t, from 1.
+        lr: Learning rate.
+        betas: `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2`.
+        eps: Added to the denominator.
+        weight_decay: wd.
+        max_exp_avg_sq: The largest v so far, which then takes the place of v.
+        maximize: Negate the gradient.
+        **steering: `fisher`, `anchor` and boolean `movable` tensors; `fisher_decay`, `ewc_lambda`, `min_fisher`,
+            `max_fisher`, `soft_weight`, `mean_fisher`.
+
+    Returns:
+        `param`, `exp_avg`, `exp_avg_sq`, and `max_exp_avg_sq` and `fisher` where given, each in its dtype.
+    """
+    g = _pulled(param, grad, maximize, **steering)
+    result = {"exp_avg": betas[0] * exp_avg + (1 - betas[0]) * g}
+    result["exp_avg_sq"] = v = betas[1] * exp_avg_sq + (1 - betas[1]) * g.square()
+    if max_exp_avg_sq is not None:
+        result["max_exp_avg_sq"] = v = torch.maximum(max_exp_avg_sq, v)
+    m_hat, v_hat = result["exp_avg"] / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+    new = (1 - lr * weight_decay) * param - lr * m_hat / (v_hat.sqrt() + eps)
+    result = {name: value.to(exp_avg.dtype) for name, value in result.items()}
+    return result | _steered(param, new, grad, **steering)
+
+
+def sgd(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None = None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    first_step: bool = False,
+    maximize: bool = False,
+    **steering: Any,
+) -> dict[str, Tensor]:
+    r"""One step of SGD, `theta' = theta - lr b`, steered by a Fisher.
+
+    Args:
+        param: Of any shape.
+        grad: Its gradient.
+        momentum_buffer: b before the step; None without momentum, where b is g.
+        lr: Learning rate.
+        momentum: `b = momentum b + (1 - dampening) g`.
+        dampening: See there.
+        weight_decay: `g = grad + weight_decay theta`.
+        nesterov: `g + momentum b` takes the place of b.
+        first_step: `b = g`.
+        maximize: Negate the gradient.
+        **steering: As for `adamw`.
+
+    Returns:
+        `param`, and `momentum_buffer` and `fisher` where given, each in its dtype.
+    """
+    g = _pulled(param, grad, maximize, **steering) + weight_decay * param
+    result = {}
+    if momentum_buffer is not None:
+        b = g if first_step else momentum * momentum_buffer + (1 - dampening) * g
+        g = g + momentum * b if nesterov else b
+        result["momentum_buffer"] = b.to(momentum_buffer.dtype)
+    return result | _steered(param, param - lr * g, grad, **steering)
+
+
+def _pulled(
+    param: Tensor, grad: Tensor, maximize: bool, *, fisher: Any = None, anchor: Any = None, ewc_lambda: float = 0.0, **_: Any
+) -> Tensor:  # fmt: skip
+    grad = -grad if maximize else grad
+    return grad + ewc_lambda * fisher * (param - anchor) if ewc_lambda else grad
+
+
+def _steered(
+    param: Tensor, new: Tensor, grad: Tensor, *, fisher: Any = None, movable: Any = None, fisher_decay: float | None = None,
+    min_fisher: float | None = None, max_fisher: float | None = None, soft_weight: float = 0.0, mean_fisher: Any = None,
+    **_: Any,
+) -> dict[str, Tensor]:  # fmt: skip
+    if soft_weight:
+        new = param + (new - param) / (1 + soft_weight * fisher / mean_fisher)
+    for condition in (
+        movable,
+        None if min_fisher is None else fisher >= min_fisher,
+        None if max_fisher is None else fisher < max_fisher,
+    ):
+        new = new if condition is None else torch.where(condition, new, param)
+    result = {"param": new.to(param.dtype)}
+    if fisher is not None:
+        result["fisher"] = fisher if fisher_decay is None else (fisher_decay * fisher + grad.square()).to(fisher.dtype)
+    return result

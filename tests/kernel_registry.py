@@ -15,7 +15,9 @@ import torch
 import triton
 from fisher_registry import FISHER_OPERATIONS
 from kernel_operation import POINTER, Compilation, Operation
+from selection_registry import SELECTION_OPERATIONS
 from torch import Tensor
+from update_registry import UPDATE_OPERATIONS
 
 from fastforget import ops, reference
 
@@ -239,4 +241,6 @@ OPERATIONS = (
         _compile_linear_cross_entropy,
     ),
     *FISHER_OPERATIONS,
+    *SELECTION_OPERATIONS,
+    *UPDATE_OPERATIONS,
 )

@@ -41,7 +41,7 @@ def random_bits(keys: Tensor, first: int, last: int) -> Tensor:
         `[R, last - first]` int32, to be read as unsigned.
     """
     low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)
-    x = torch.arange(last - first, dtype=torch.int32, device=keys.device).add_(_signed(first, 32)) ^ low[:, None]
+    x = torch.arange(first, last, dtype=torch.int32, device=keys.device) ^ low[:, None]
     x ^= _shifted(x, 17)
     x *= _signed(0xED5AD4BB, 32)
     x ^= _shifted(x, 11).bitwise_xor_(high[:, None])

@@ -8,7 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "Rule", "check_lists", "chunk_elements", "chunks", "is_dense", "refuse_twice", "same_order"]
+__all__ = [
+    "FLOATS",
+    "Rule",
+    "check_lists",
+    "chunk_elements",
+    "chunks",
+    "is_dense",
+    "pack_bits",
+    "refuse_twice",
+    "same_order",
+    "unpack_bits",
+]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -126,3 +137,35 @@ def chunks(tensors: Sequence[Tensor], scratch: int = 0) -> Iterator[tuple[Tensor
     flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
     size = chunk_elements(len(tensors) + scratch)
     yield from zip(*(tensor.split(size) for tensor in flat), strict=True)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A boolean mask, eight entries a byte: bit j, the lowest first, of byte i is entry 8 i + j in memory order.
+
+    Args:
+        mask: bool, dense.
+
+    Returns:
+        uint8 `[ceil(n / 8)]`; bits after the last entry are 0.
+    """
+    flat = mask.as_strided((mask.numel(),), (1,))
+    flat = flat.clone() if flat.storage_offset() % 8 else flat  # eight entries are read as one integer
+    parts = [torch.nn.functional.pad(part, (0, -len(part) % 8)).view(torch.int64) for part in flat.split(2**20)]
+    # Byte i of a word, 0 or 1, moves to bit 56 + i: the factor has bits 56 - 7 i, and no two products meet in a bit.
+    packed = [(words * 0x0102040810204080 >> 56).to(torch.uint8) for words in parts]
+    return torch.cat(packed) if packed else mask.new_empty(0, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, entries: int) -> Tensor:
+    """The mask of `pack_bits`.
+
+    Args:
+        packed: uint8 `[ceil(n / 8)]`.
+        entries: n.
+
+    Returns:
+        bool `[n]`.
+    """
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    parts = [(part[:, None] >> places & 1).bool().view(-1) for part in packed.split(2**17)]
+    return torch.cat(parts)[:entries] if parts else packed.new_empty(0, dtype=torch.bool)

@@ -25,10 +25,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
     """Float32 `x` rounded to the nearest DTYPE, ties to even."""
-    if INTERPRETING and tl.bfloat16 == DTYPE:  # the interpreter truncates
-        bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
+    if INTERPRETING and tl.bfloat16 == DTYPE:  # the interpreter truncates, and takes subnormals for others
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 r"""Elementwise work over many lists of tensors in one launch: a table of addresses, and the chunk that a program owns.
 
 Tensor i of every list has the same elements in the same memory order. Tensors are cut into chunks, numbered through; a
-program owns one chunk and finds its tensor by bisecting the number of each tensor's first chunk. Rows of the table `[2 + L,
-n]`, all int64: first chunk, elements, then one row of addresses a list. It is small and made anew when storages move; a
-table with an entry a chunk would take longer to make than the launch takes for a large model.
+program owns one chunk and finds its tensor by bisecting the number of each tensor's first chunk. Rows of the table `[3 + L,
+n]`, all int64: first chunk, elements, one row of addresses a list, places in the lists. It is small and made anew when
+storages move; a table with an entry a chunk would take longer to make than the launch takes for a large model.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastforget_kernels.device import cdiv
 
-__all__ = ["ALIGNMENT", "BLOCK", "CHUNK", "NUM_WARPS", "TRITON_DTYPE", "Table", "address", "locate", "tables"]
+__all__ = ["ALIGNMENT", "BLOCK", "CHUNK", "NUM_WARPS", "TRITON_DTYPE", "Table", "address", "locate", "place", "tables"]
 
 BLOCK = 2048  # elements a step: 8 a thread, two 16-byte accesses of float32
 CHUNK = 16 * BLOCK  # elements of a program: the bisection is a few steps of latency against 16 of streaming
@@ -40,7 +40,7 @@ TRITON_DTYPE = {
 class Table:
     """The tensors of one launch."""
 
-    entries: Tensor  # int64 [2 + L, n] on the device
+    entries: Tensor  # int64 [3 + L, n] on the device
     host: Tensor  # the same in (pinned) memory: a captured copy reads it again at every replay
     chunks: int
     dtypes: tuple[torch.dtype, ...]  # of every list
@@ -79,7 +79,7 @@ def tables(*lists: Sequence[Tensor], chunk: int = CHUNK) -> list[Table]:
     for (dtypes, aligned), rows in groups.items():
         members, sizes, *addresses = zip(*rows, strict=True)
         first = [0, *itertools.accumulate(cdiv(size, chunk) for size in sizes)]
-        host = torch.tensor([first[:-1], sizes, *addresses], dtype=torch.int64)
+        host = torch.tensor([first[:-1], sizes, *addresses, members], dtype=torch.int64)
         device = lists[0][members[0]].device
         if device.type == "cuda":
             host = host.pin_memory()
@@ -109,3 +109,9 @@ def address(table_ptr, tensors, tensor, LIST: tl.constexpr, DTYPE: tl.constexpr,
     if ALIGNED:  # 16-byte accesses
         pointer = tl.multiple_of(pointer, 16)
     return pointer
+
+
+@triton.jit
+def place(table_ptr, tensors, tensor, LISTS: tl.constexpr):
+    """Place of a tensor in the lists that the table was made of, LISTS of them: int64."""
+    return tl.load(table_ptr + (2 + LISTS) * tensors + tensor)

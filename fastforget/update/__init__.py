@@ -1,0 +1,1 @@
+"""What uses a Fisher on whole models: penalties, masks, dampening, merging, and differences of models."""

@@ -1,0 +1,216 @@
+"""Masks of parameters: which entries may move. Chosen by a Fisher, saved bit-packed, and kept by any optimizer."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastforget._parameters import local, matched, named
+from fastforget.fisher.files import read_tensors, write_tensors
+from fastforget.fisher.names import as_fisher, canonical_name
+from fastforget.ops import topk_threshold
+from fastforget.ops._tensor_lists import pack_bits, unpack_bits
+
+__all__ = ["MaskedUpdates", "as_mask", "load_mask", "mask_updates", "save_mask", "trainable_mask"]
+
+KIND = "parameter mask"
+
+
+def trainable_mask(
+    fisher: Any, *, top: float | None = None, bottom: float | None = None, scope: str = "global", impl: str = "auto"
+) -> dict[str, Tensor]:
+    """Choose the entries that may move: those with the largest Fisher, or those with the smallest.
+
+    `top=0.005` trains what matters most for the Fisher's data, as the FISH mask does; `bottom=0.99` protects the 1% that
+    matter most, so that what the Fisher was measured on is kept. Exactly `max(1, round(fraction * N))` of N entries are
+    chosen; of equal ones the first tensors', and in a tensor the first in row-major order.
+
+    Args:
+        fisher: An estimator, a `{name: tensor}`, or a saved file's path.
+        top: Fraction with the largest Fisher that may move, in (0, 1].
+        bottom: Fraction with the smallest Fisher that may move, instead.
+        scope: "global" ranks the entries of all tensors together, "tensor" those of each by themselves.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        Boolean tensors by canonical parameter name, True = may move.
+
+    Raises:
+        TypeError: The Fisher is none.
+        ValueError: A fraction is out of range, not just one of the two is given, or a value is NaN.
+
+    References:
+        Sung, Nair and Raffel, "Training Neural Networks with Fixed Sparse Masks", arXiv 2111.09839 (FISH mask).
+    """
+    if (top is None) == (bottom is None):
+        raise ValueError(f"top: expected one of top= and bottom=, got top={top} and bottom={bottom}")
+    name, fraction = ("top", top) if bottom is None else ("bottom", bottom)
+    if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise ValueError(f"{name}: expected a fraction in (0, 1], got {fraction}")
+    if scope not in ("global", "tensor"):
+        raise ValueError(f"scope: expected 'global' or 'tensor', got {scope!r}")
+    found = as_fisher(fisher)
+    sharded = [name for name, value in found.items() if local(value) is not value]
+    if sharded:
+        raise ValueError(
+            f"fisher[{sharded[0]!r}]: expected a whole tensor, got a sharded one; save the Fisher and pass the file's path"
+        )
+    groups = [list(found)] if scope == "global" else [[name] for name in found]
+    mask: dict[str, Tensor] = {}
+    for names in groups:
+        tensors = [found[name] for name in names]
+        chosen = topk_threshold(tensors, fraction, largest=bottom is None, impl=impl)
+        mask |= {name: chosen.mask(tensor, i) for i, (name, tensor) in enumerate(zip(names, tensors, strict=True))}
+    return mask
+
+
+def as_mask(mask: Any) -> dict[str, Tensor]:
+    """A mask from whatever stands for one.
+
+    Args:
+        mask: A `{name: bool tensor}` or the path of a saved one.
+
+    Returns:
+        Boolean tensors by canonical name.
+
+    Raises:
+        TypeError: It is neither, or a tensor is not boolean.
+        ValueError: Two names are the same parameter's, or a file cannot be read.
+    """
+    if isinstance(mask, str | os.PathLike):
+        return load_mask(mask)
+    if not isinstance(mask, Mapping):
+        raise TypeError(
+            f"mask: expected a mapping from names to bool tensors or a file's path, got {type(mask).__name__}"
+        )
+    result: dict[str, Tensor] = {}
+    for name, value in mask.items():
+        if not isinstance(value, Tensor) or value.dtype != torch.bool:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"mask[{name!r}]: expected a bool tensor, True where the entry may move, got {got}")
+        if canonical_name(name) in result:
+            raise ValueError(f"mask: expected one tensor a parameter, got a second for {canonical_name(name)!r}")
+        result[canonical_name(name)] = value
+    return result
+
+
+def save_mask(
+    mask: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write a mask as safetensors, eight entries a byte; whole or not at all.
+
+    Args:
+        mask: Boolean tensors by parameter name.
+        path: The file, `.safetensors`.
+        metadata: What JSON can hold, such as how the mask was chosen.
+
+    Raises:
+        TypeError: Something else than a boolean tensor is in the mask.
+        ValueError: The path cannot be written to.
+    """
+    checked = as_mask(mask)
+    shapes = {name: list(value.shape) for name, value in checked.items()}
+    free = sum(int(value.sum()) for value in checked.values())
+    record = {**(metadata or {}), "shapes": shapes, "entries": sum(v.numel() for v in checked.values()), "free": free}
+    packed = {name: pack_bits(value.contiguous()) for name, value in checked.items()}
+    write_tensors(Path(path), packed, record, kind=KIND)
+
+
+def load_mask(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a mask that `save_mask` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Boolean tensors by canonical name, on the CPU.
+
+    Raises:
+        ValueError: It is no such file, or is damaged.
+    """
+    packed, metadata = read_tensors(path, kind=KIND)
+    shapes = metadata["shapes"]
+    return {name: unpack_bits(bits, math.prod(shapes[name])).view(shapes[name]) for name, bits in packed.items()}
+
+
+def mask_updates(optimizer: Optimizer, mask: Any, model: nn.Module) -> MaskedUpdates:
+    """Keep an optimizer from moving masked entries: whatever its step does, weight decay included, they stay bit for bit.
+
+    A masked gradient would not do: momentum and weight decay still move the entry. The optimizer's state is its own. Every
+    step keeps a copy of the tensors that have a masked entry; `ff.optim`'s optimizers take `mask=` and need none.
+
+    Args:
+        optimizer: Any of torch's kind, `accelerate`'s wrapper included.
+        mask: `{name: bool tensor}` or a saved mask's path, True = may move; for every parameter of the optimizer.
+        model: Whose parameters the optimizer has.
+
+    Returns:
+        A handle; its `remove()` ends it, also as a context manager.
+
+    Raises:
+        TypeError: A mask is not boolean.
+        ValueError: Names, shapes or devices do not fit, or the optimizer has parameters that the model has not.
+    """
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # accelerate's
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    parameters = named(model)
+    by_id = {id(parameter): name for name, parameter in parameters.items()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    alien = [tuple(parameter.shape) for parameter in held if id(parameter) not in by_id]
+    if alien:
+        raise ValueError(
+            f"optimizer: expected parameters of the model, got {len(alien)} others, the first of shape {alien[0]}; build the "
+            "optimizer from this model"
+        )
+    masks = as_mask(mask)
+    unknown = [name for name in masks if name not in parameters]
+    if unknown:
+        raise ValueError(f"mask: expected names of the model's parameters, got {unknown[0]!r}; check the names")
+    mine = {by_id[id(parameter)]: parameter for parameter in held}
+    fitted = matched("mask", masks, mine, (torch.bool,), move=isinstance(mask, str | os.PathLike))
+    return MaskedUpdates(optimizer, [(mine[name], value) for name, value in fitted.items() if not bool(value.all())])
+
+
+class MaskedUpdates:
+    """Masked entries are put back after every step, until `remove()`.
+
+    Args:
+        optimizer: Its steps.
+        masks: Parameters with a masked entry, and their masks.
+    """
+
+    def __init__(self, optimizer: Optimizer, masks: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._masks = list(masks)
+        self._before: list[Tensor] = []
+        self._hooks = [optimizer.register_step_pre_hook(self._keep), optimizer.register_step_post_hook(self._put_back)]
+
+    @torch.no_grad()
+    def _keep(self, *_: Any) -> None:
+        self._before = [local(parameter).detach().clone() for parameter, _ in self._masks]
+
+    @torch.no_grad()
+    def _put_back(self, *_: Any) -> None:
+        for (parameter, mask), before in zip(self._masks, self._before, strict=True):
+            shard = local(parameter).detach()
+            torch.where(mask, shard, before, out=shard)
+        self._before = []
+
+    def remove(self) -> None:
+        """The optimizer moves everything again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> MaskedUpdates:
+        """The same."""
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Removed."""
+        self.remove()
