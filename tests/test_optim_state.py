@@ -273,6 +273,26 @@ def test_hooks_and_closures_are_called_once(kind: str, dtype: torch.dtype):
     assert float(parameter.detach().abs().sum()) < 2.0
 
 
+def test_a_compiled_step_is_left_alone():
+    """It reads addresses, which are no constants."""
+    graphs: list[Any] = []
+
+    def keep(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    models = Toy(), Toy()
+    optimizers = [ff.optim.AdamW(model, **resolved(STEERED["all"])) for model in models]
+    compiled = torch.compile(lambda: optimizers[1].step(), backend=keep)
+    for grads in some_gradients(SHAPES, 3):
+        models[0].take(grads)
+        optimizers[0].step()
+        models[1].take(grads)
+        compiled()
+    assert_equal(models[0].values(), models[1].values())
+    assert not graphs
+
+
 def scheduled(kind: str, name: str, cls: Any) -> dict[str, Tensor]:
     model = Toy()
     optimizer = cls(model.named_parameters(), **NUMBERS[kind])

@@ -95,8 +95,9 @@ class Steered(torch.optim.Optimizer):
             raise ValueError(f"state_dtype: expected torch.float32 or None, got {self._state_dtype}")
         if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")
-        # Whether Triton runs is asked when the device is known for good, in the first step.
-        resolve("auto" if self._impl == "triton" else self._impl, torch.device("cpu"))
+        resolve(
+            "auto" if self._impl == "triton" else self._impl, torch.device("cpu")
+        )  # where Triton runs is not known yet
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; those that the Fisher, the anchor and the mask were given for have to be named.
@@ -198,6 +199,7 @@ class Steered(torch.optim.Optimizer):
                     return False
         return True
 
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
     def _steered_step(self) -> None:
         buckets, begun = self._gather()
         steering, ready = self._steering, []
