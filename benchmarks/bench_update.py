@@ -182,7 +182,7 @@ def merge_variants(model: Model) -> Variants:
     return {"foreach": foreach, "fastforget": fused}
 
 
-# Group: variants, and bytes an entry beside those of p parameters or gradients and f float32 tensors.
+# Group: variants, and bytes an entry of p bytes has to move.
 GROUPS: dict[str, tuple[Callable[[Model], Variants], Callable[[int], int]]] = {
     "AdamW": (adamw_variants, lambda p: 3 * p + 4 * p),
     "AdamW, Fisher and EWC": (steered_variants, lambda p: 3 * p + 4 * p + 8 + p),
@@ -217,7 +217,7 @@ def built(request: pytest.FixtureRequest, device: torch.device, large: Model) ->
         torch.testing.assert_close(got.cpu().float(), reference.float(), rtol=tolerance, atol=tolerance)
     entries = sum(p.numel() for p in large.params)
     size = entries * bytes_of(DTYPE[device.type].itemsize)
-    halves = torch.empty(size // 2 // 64, 64, dtype=torch.uint8, device=device)
+    halves = torch.zeros(size // 8, device=device)
     copied = torch.empty_like(halves)
     return {COPY: lambda: copied.copy_(halves)[:0], **variants(large), "entries": entries, "size": size}
 

@@ -128,7 +128,7 @@ def _torch_dampen_(
     for i, tensors in enumerate(zip(params, forget, retain, strict=True)):
         for param, f, r in chunks(tensors, scratch=2):
             chosen = f > r * alpha
-            counts[i] += chosen.sum()
+            counts[i] += torch.count_nonzero(chosen)
             if write:
-                factor = torch.where(chosen, (r * lam).div_(f).clamp_(max=1.0), 1.0)
-                param.copy_(factor.mul_(param))
+                dampened = (r * lam).div_(f).clamp_(max=1.0).mul_(param)
+                param.copy_(torch.where(chosen, dampened, param))
