@@ -102,7 +102,7 @@ def find_head(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: The model is none, or is an encoder-decoder, or its PEFT method adds positions, or its head is no
-            linear map with a floating-point weight.
+            linear map with a floating-point weight, or a few of its rows are trained.
     """
     name = type(model).__name__
     inner = unwrapped(model)
@@ -124,6 +124,11 @@ def find_head(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"model: expected a causal language model with an output embedding, got {name}; "
             "load it with AutoModelForCausalLM"
+        )
+    if hasattr(head, "token_adapter"):
+        raise ValueError(
+            "model: PEFT's trainable_token_indices on an output embedding that is tied to the input's is not supported; train "
+            "the embeddings by modules_to_save, or untie them"
         )
     linear: Any = head
     while hasattr(linear, "base_layer") or hasattr(linear, "original_module"):  # PEFT's wrappers

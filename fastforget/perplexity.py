@@ -204,6 +204,8 @@ def model_forward(
     taken = inspect.signature(inner.forward).parameters
     arguments = {"attention_mask": attention_mask, "use_cache": False, "return_dict": True}
     arguments = {name: value for name, value in arguments.items() if name in taken or name == "return_dict"}
+    if any(kind.kind is kind.VAR_KEYWORD for kind in taken.values()) and hasattr(inner.config, "use_cache"):
+        arguments["use_cache"] = False  # passed on to the model inside
     if position_ids is not None:
         if "position_ids" not in taken:
             raise ValueError(

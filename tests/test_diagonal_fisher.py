@@ -9,7 +9,8 @@ import torch
 from architectures.families import build
 from architectures.fisher_steps import IGNORE, bits, same, with_labels
 from architectures.layouts import padded
-from fisher_oracle import assert_exact, batch_1_gradients
+from fisher_oracle import assert_exact, batch_1_fisher, batch_1_gradients
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, BartConfig
 
@@ -280,6 +281,37 @@ def test_a_gradient_that_is_not_finite(
     assert not list(tmp_path.iterdir())
 
 
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_embedding_with_more_rows_than_the_head(model: Any, batch: dict[str, Tensor], examples: list[Tensor]):
+    """The tokens that the rules are chosen on have a logit."""
+    model.model.embed_tokens = nn.Embedding(8000, 32, dtype=torch.float64)
+    fisher = ff.DiagonalFisher(model)
+    fisher.update(**batch)
+    assert_exact(fisher.diagonal(), batch_1_fisher(model, examples), torch.float64)
+
+
+def test_no_cache_by_keyword_arguments(model: Any, batch: dict[str, Tensor]):
+    """Some classes pass `use_cache` on without naming it."""
+    original, caches = model.forward, []
+
+    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        caches.append(kwargs.get("use_cache"))
+        return original(input_ids, attention_mask, **kwargs)
+
+    model.forward = forward
+    ff.DiagonalFisher(model).update(**batch)
+    assert set(caches) == {False}
+
+
+def test_trained_rows_of_a_tied_embedding_are_refused():
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5])
+    model = get_peft_model(build("Llama, tied", torch.float64), config)
+    with pytest.raises(ValueError, match=r"model: PEFT's trainable_token_indices on an output embedding that is tied"):
+        ff.DiagonalFisher(model)
+
+
 # Its state ------------------------------------------------------------------------------------------------------------
 
 
@@ -314,6 +346,26 @@ def test_a_state_of_something_else(model: Any, batch: dict[str, Tensor]):
         with pytest.raises(ValueError, match=r"state: expected the names and shapes of this model, got others for "):
             fisher.load_state_dict(wrong)
     assert same(bits(fisher), before)
+
+
+def test_a_state_of_another_quantity(model: Any, batch: dict[str, Tensor]):
+    """Named by what differs; states of older versions, which do not say what they are, are taken."""
+    fisher = ff.DiagonalFisher(model, labels="sampled", samples=2)
+    fisher.update(**batch)
+    state = bits(fisher)
+    for options, names in (
+        ({"labels": "sampled"}, "samples"),
+        ({"per": "position", "loss": "sum"}, "per, labels, loss, samples"),
+        ({"labels": "sampled", "samples": 2, "loss": "sum"}, "loss"),
+    ):
+        other = ff.DiagonalFisher(model, **options)
+        with pytest.raises(ValueError, match=rf"state: expected .* convention, .*got others by {names}; make"):
+            other.load_state_dict(state)
+        assert not bool(other.state_dict()["counters"].any())
+    del state["convention"]
+    fresh = ff.DiagonalFisher(model, labels="sampled", samples=2)
+    fresh.load_state_dict(state)
+    assert same(fresh.diagonal(), fisher.diagonal())
 
 
 def test_a_state_of_an_invalid_estimate_is_refused(

@@ -114,6 +114,32 @@ def test_label_smoothing_is_refused(model: Any, tmp_path: Path):
         trainer_of(model, ROWS, tmp_path, callback, label_smoothing_factor=0.1).train()
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mixed_precision(smoothing: float, tmp_path: Path):
+    """Accelerate gives other logits out than those that the model's loss is computed from: the loss is checked all the same."""
+    model = build("Llama", torch.float32)
+
+    def loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Any = None, **_: Any) -> Tensor:
+        count = (labels[:, 1:] != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+        flat = logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(*flat, reduction="sum", label_smoothing=smoothing) / count
+
+    model.loss_function = loss
+    fisher = ff.DiagonalFisher(model)
+    trainer = trainer_of(model, ROWS[:4], tmp_path, ff.FisherCallback(fisher), bf16=True)
+    if smoothing:
+        with pytest.raises(ValueError, match="model: its loss is another than"):
+            trainer.train()
+        return
+    trainer.train()
+    assert fisher._watched.loss_checked
+    update = ff.DiagonalFisher(model)
+    update.update(**padded(ROWS[:4], "right"))
+    expected = update.diagonal()
+    for name, value in fisher.diagonal().items():
+        assert (value - expected[name]).norm() < 0.1 * expected[name].norm(), name
+
+
 def test_training_that_is_interrupted_can_begin_again(model: Any, tmp_path: Path):
     """Trainer does not tell its callbacks, and the model must not stay as it was inside."""
     fisher, calls = ff.DiagonalFisher(model), []

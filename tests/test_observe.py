@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,6 +96,11 @@ BAD_CALLS = [
     ),
     (mask_4d, {}, r"attention_mask: expected shape \[B, T\] = \(4, 15\) .*got \(4, 1, 15, 15\); .*by position_ids"),
     (unlabelled, {}, r"observe: expected labels, got a call of the model without them; pass labels to the model"),
+    (
+        unlabelled,
+        {"labels": torch.ones(4, 15, dtype=torch.int64)},
+        r"loss_denominator: expected a number with a loss that is not the model's own, got None and a call .*without labels",
+    ),
     (embedded, {}, r"observe: expected the model to be called with input_ids, got a call without them"),
     (
         as_it_is,
@@ -300,6 +306,160 @@ def test_a_part_of_the_model_with_gradients(model: Any, batch: dict[str, Tensor]
         hidden = model(**batch, output_hidden_states=True).hidden_states[-1]
         with pytest.raises(ValueError, match=message):
             model.model.norm(hidden)
+        step(model, batch)
+
+
+# The loss that is differentiated --------------------------------------------------------------------------------------
+
+
+def from_logits(model: Any, batch: dict[str, Tensor], divisor: float) -> Tensor:
+    logits, labels = model(**batch).logits[:, :-1], batch["labels"][:, 1:]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / divisor
+
+
+def test_a_loss_from_the_logits_has_to_say_its_denominator(
+    model: Any, batch: dict[str, Tensor], examples: list[Tensor]
+):
+    fisher, expected = ff.DiagonalFisher(model), batch_1_fisher(model, examples)
+    message = r"loss_denominator: .*does not pass through the loss of the model's output; .*loss_factor=1 for its mean"
+    with pytest.raises(ValueError, match=message), fisher.observe():
+        from_logits(model, batch, 3.0).backward()
+    assert not any(bool(value.any()) for value in fisher.state_dict().values())
+    targets = int((batch["labels"][:, 1:] != IGNORE).sum())
+    known: list[tuple[float, dict[str, Any]]] = [(3.0, {"loss_denominator": 3.0}), (targets, {"loss_factor": 1})]
+    for divisor, options in known:
+        fisher = ff.DiagonalFisher(model)
+        with fisher.observe(**options):
+            from_logits(model, batch, divisor).backward()
+        assert_exact(fisher.diagonal(), expected, torch.float64)
+
+
+def test_the_factor_of_a_tuples_loss_is_found(model: Any, batch: dict[str, Tensor], examples: list[Tensor]):
+    fisher = ff.DiagonalFisher(model)
+    with fisher.observe():
+        (model(**batch, return_dict=False)[0] / 3).backward()
+    assert_exact(fisher.diagonal(), batch_1_fisher(model, examples), torch.float64)
+
+
+class Hidden(dict):
+    """An output of a fused loss: attributes without logits."""
+
+    __getattr__ = dict.get
+
+
+def with_log_probs(model: Any) -> None:
+    """A forward that gives the targets' log-likelihoods, as TRL's."""
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        if labels is None:
+            return output
+        target = labels[:, 1:]
+        picked = output.logits[:, :-1].log_softmax(-1).gather(2, target.clamp(min=0)[..., None])[..., 0]
+        log_probs = picked.masked_fill(target == IGNORE, 0)
+        return Hidden(loss=-log_probs.sum() / (target != IGNORE).sum(), log_probs=log_probs)
+
+    model.forward = forward
+
+
+@pytest.mark.parametrize("loss", ["mean", "sum"])
+def test_the_factor_of_a_sum_of_log_likelihoods_is_found(
+    loss: str, model: Any, batch: dict[str, Tensor], examples: list[Tensor]
+):
+    expected = batch_1_fisher(model, examples, None, [0.5, 0.0, 2.0, 1.0], loss)
+    with_log_probs(model)
+    for objective in (lambda output: -output.log_probs.sum() / 7, lambda output: output.loss / 3):
+        fisher = ff.DiagonalFisher(model, loss=loss)
+        with fisher.observe(weights=[0.5, 0.0, 2.0, 1.0]):
+            objective(model(**batch)).backward()
+        assert_exact(fisher.diagonal(), expected, torch.float64)
+    fisher = ff.DiagonalFisher(model)
+    message = r"loss: expected the same factor for the log-likelihood of every target, got -"
+    with pytest.raises(ValueError, match=message), fisher.observe():
+        model(**batch).log_probs.exp().sum().neg().backward()  # weighted by the probabilities
+    assert not any(bool(value.any()) for value in fisher.state_dict().values())
+
+
+def unshifted(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def shifted(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), **options)
+
+
+def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+    return shifted(logits, labels, label_smoothing=0.1)
+
+
+def by_class(logits: Tensor, labels: Tensor) -> Tensor:
+    return shifted(logits, labels, weight=torch.linspace(0.5, 1.5, logits.shape[-1], dtype=logits.dtype))
+
+
+def mean_of_means(logits: Tensor, labels: Tensor) -> Tensor:
+    each = nn.functional.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")
+    return (each.sum(1) / (labels[:, 1:] != IGNORE).sum(1)).mean()
+
+
+def with_a_constant(logits: Tensor, labels: Tensor) -> Tensor:
+    return shifted(logits, labels) + 0.01  # as an auxiliary loss, which does not depend on the logits
+
+
+@pytest.mark.parametrize("way", ["logits", "tuple", "fused"])
+@pytest.mark.parametrize("loss", [unshifted, smoothed, by_class, mean_of_means, with_a_constant, shifted])
+def test_another_loss_of_the_model_is_refused(
+    loss: Callable[..., Tensor], way: str, model: Any, batch: dict[str, Tensor], examples: list[Tensor]
+):
+    """By its gradient at the logits; where there are none, by its values. Nothing else of the caller's step changes."""
+    model.loss_function = lambda logits, labels, vocab_size, **_: loss(logits, labels)
+    expected = batch_1_fisher(model, examples)  # of the logits' own loss
+    options = {"return_dict": False} if way == "tuple" else {}
+    if way == "fused":
+        original = model.forward
+
+        @functools.wraps(original)
+        def fused(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            return output if kwargs.get("labels") is None else Hidden(loss=output.loss)
+
+        model.forward = fused
+    fisher = ff.DiagonalFisher(model)
+    if loss is not shifted:
+        message = r"model: its loss is another than the mean negative log-likelihood of the shifted labels"
+        with pytest.raises(ValueError, match=message), fisher.observe():
+            model(**batch, **options)
+        return
+    model.train()
+    step(model, batch)
+    alone = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    with fisher.observe():
+        output = model(**batch, **options)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        (output[0] if way == "tuple" else output.loss).backward()
+    assert all(torch.equal(parameter.grad, alone[name]) for name, parameter in model.named_parameters())
+    assert_exact(fisher.diagonal(), expected, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_models_own_loss_in_sixteen_bits(dtype: torch.dtype, batch: dict[str, Tensor]):
+    model = build("Llama", dtype)
+    step_of = ff.DiagonalFisher(model)
+    with step_of.observe():
+        step(model, batch)
+    assert step_of._watched.loss_checked
+    model.loss_function = lambda logits, labels, vocab_size, **_: mean_of_means(logits.float(), labels)
+    with pytest.raises(ValueError, match="model: its loss is another"), ff.DiagonalFisher(model).observe():
+        step(model, batch)
+
+
+def test_a_model_that_computes_otherwise_in_training(batch: dict[str, Tensor]):
+    """Its rules are chosen in eval mode."""
+    model = build("Gemma 3n", torch.float64).train()
+    message = r"model: .*altup.* was used where no rule sees it .*call model.eval\(\) if training is what changes them"
+    with pytest.raises(ValueError, match=message), ff.DiagonalFisher(model).observe():
         step(model, batch)
 
 

@@ -40,6 +40,14 @@ __all__ = ["DiagonalFisher"]
 _ACTIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models whose forwards are swapped now."""
 
+_CONVENTION: dict[str, tuple[str, ...]] = {
+    "per": ("example", "position", "batch_mean"),
+    "labels": ("data", "sampled"),
+    "loss": ("mean", "sum"),
+    "samples": (),
+}
+"""Arguments that say which quantity is summed, with their values, whose order saved states depend on."""
+
 
 class DiagonalFisher:
     r"""Diagonal Fisher information of every trainable parameter of a causal language model.
@@ -86,9 +94,9 @@ class DiagonalFisher:
         impl: str = "auto",
     ) -> None:
         for name, value, allowed in (
-            ("per", per, ("example", "position", "batch_mean")),
-            ("labels", labels, ("data", "sampled")),
-            ("loss", loss, ("mean", "sum")),
+            ("per", per, _CONVENTION["per"]),
+            ("labels", labels, _CONVENTION["labels"]),
+            ("loss", loss, _CONVENTION["loss"]),
             ("impl", impl, ("auto", "triton", "torch")),
         ):
             if value not in allowed:
@@ -181,7 +189,7 @@ class DiagonalFisher:
         *,
         loss_denominator: float | Tensor | None = None,
         weights: Tensor | Sequence[float] | None = None,
-        loss_factor: float = 1.0,
+        loss_factor: float | None = None,
         fuse_grad: bool = False,
     ) -> Iterator[None]:
         """Ride on the caller's own step: `with fisher.observe(): loss = model(**batch).loss; loss.backward()`.
@@ -194,10 +202,10 @@ class DiagonalFisher:
         Args:
             labels: `[B, T]` unshifted, -100 for no target; default: the `labels` that the model is called with.
             loss_denominator: What the summed loss was divided by; default: `num_items_in_batch` if the model is called with
-                it, else the number of targets of the call.
+                it, else the number of targets of the call. Needed for a loss that is not the model's own.
             weights: `[B]` >= 0 of each call's examples; default 1.
-            loss_factor: What the loss is multiplied by before the backward, besides. What the model's own loss is
-                multiplied by is found where neither of the two is given.
+            loss_factor: What the loss is multiplied by before the backward, besides; 1 with a denominator. What the model's
+                own loss (or the sum of TRL's `log_probs`) is multiplied by is found where neither of the two is given.
             fuse_grad: Compute the weights' `.grad` in the same pass as the Fisher: cheaper, and equal up to rounding.
 
         Yields:
@@ -205,8 +213,8 @@ class DiagonalFisher:
 
         Raises:
             TypeError: labels is no tensor.
-            ValueError: There are no targets an example, the loss couples examples, no backward ran, or the labels are to
-                be sampled.
+            ValueError: There are no targets an example, the loss couples examples or is not the model's own and its
+                denominator is not given, no backward ran, or the labels are to be sampled.
         """
         if self.labels == "sampled":
             raise ValueError(
@@ -352,7 +360,7 @@ class DiagonalFisher:
         """
         self._refuse_invalid()
         sums = {f"sum.{name}": value for name, value in self._sums.tensors.items()}
-        return sums | {"counters": self._counts.tensor()}
+        return sums | {"counters": self._counts.tensor(), "convention": self._convention()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from what `state_dict` gave.
@@ -361,13 +369,22 @@ class DiagonalFisher:
             state: Its tensors.
 
         Raises:
-            ValueError: Names or shapes are others.
+            ValueError: Names, shapes, or `per`, `labels`, `loss` or `samples` are others.
         """
         mine = self.state_dict()
+        own = mine.pop("convention")
+        theirs = state.get("convention", own)  # older ones have none
+        state = {name: value for name, value in state.items() if name != "convention"}
         wrong = sorted(mine.keys() ^ state.keys()) or [n for n in mine if mine[n].shape != state[n].shape]
         if wrong:
             raise ValueError(
                 f"state: expected the names and shapes of this model, got others for {', '.join(wrong[:3])}"
+            )
+        different = [n for n, a, b in zip(_CONVENTION, own.tolist(), theirs.tolist(), strict=True) if a != b]
+        if different:
+            raise ValueError(
+                f"state: expected sums of the estimator's own convention, {self!r}, got others by {', '.join(different)}; make "
+                "the estimator with the same arguments"
             )
         for name, value in self._sums.tensors.items():
             value.copy_(state[f"sum.{name}"])
@@ -383,6 +400,11 @@ class DiagonalFisher:
     @property
     def _dtype(self) -> torch.dtype:
         return next(iter(self._sums.tensors.values())).dtype
+
+    def _convention(self) -> Tensor:
+        """`[4]` int64: which of its values each argument has, and the number of further samples."""
+        chosen = [_CONVENTION[name].index(getattr(self, name)) for name in ("per", "labels", "loss")]
+        return torch.tensor([*chosen, self.samples - 1])
 
     def _tape(self, *, detach: bool, fuse_grad: bool = False) -> Tape:
         how = How(self.per == "position", self._impl)

@@ -76,8 +76,9 @@ class Seen:
                 if name is not None and not any(first <= number < end for first, end in self._spans.get(name, ())):
                     raise ValueError(
                         f"model: {name} was used where no rule sees it (autograd's {node.name()}), unlike when its rule was "
-                        "chosen; a model whose uses of a parameter change from batch to batch is not supported: compute "
-                        "the loss from the logits if that is where, or exclude it by parameters="
+                        "chosen; a model whose uses of a parameter change from batch to batch is not supported: call "
+                        "model.eval() if training is what changes them, compute the loss from the logits if that is where, or "
+                        "exclude it by parameters="
                     )
                 if following not in met and following._sequence_nr() >= self._first:  # older ones are another call's
                     met.add(following)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastforget._head import current_forward, swapped_forward
 from fastforget.fisher.examples import Examples
+from fastforget.fisher.loss import check_loss, loss_of
 from fastforget.fisher.passes import NonFiniteError, example_weights
 from fastforget.fisher.tape import Tape
 from fastforget.fisher.watched import Watched, checkpoints_replaced
@@ -41,7 +42,7 @@ class Observer:
         tape: That is running.
         labels: The caller's, or None for those of each call.
         denominator: What the loss was divided by, or None for what transformers divides by.
-        factor: What it was multiplied by, besides.
+        factor: What it was multiplied by, besides; None with a denominator of None for what the backward shows.
         weights: Of the examples.
         loss: "mean" or "sum".
         first: Number of the first example.
@@ -51,13 +52,13 @@ class Observer:
     tape: Tape
     labels: Tensor | None
     denominator: float | Tensor | None
-    factor: float
+    factor: float | None
     weights: Tensor | Sequence[float] | None
     loss: str
     first: int
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.factor) or self.factor == 0:
+        if self.factor is not None and (not math.isfinite(self.factor) or self.factor == 0):
             raise ValueError(f"loss_factor: expected a finite number other than 0, got {self.factor}; it is divided by")
         self.batches: list[Batch] = []
         self.before = {name: _state_of(p.grad) for name, p in self.watched.wanted.items()}
@@ -80,17 +81,18 @@ class Observer:
                 output = original(*args, **kwargs)
                 seen.refuse_others(output)
             self.calls += 1
-            loss = getattr(output, "loss", None)
+            loss = loss_of(output, call)
             if loss is not None and not bool(loss.isfinite()):
                 raise NonFiniteError(
                     f"loss: expected a finite loss of the observed call, got {float(loss.detach())}; leave such examples out",
                     batch.examples.ids,
                 )
-            if not self.watched.loss_checked:
-                self._check_loss(call, output)
-                self.watched.loss_checked = True
-            if loss is not None and loss.requires_grad and self.denominator is None and self.factor == 1.0:
-                loss.register_hook(functools.partial(_undo, batch.examples))
+            log_probs = getattr(output, "log_probs", None)  # TRL's, whose trainer computes its loss from them
+            if not self.watched.loss_checked and loss is not None and log_probs is None:
+                with self.tape.pause():
+                    self.watched.loss_checked = check_loss(self.watched, original, call, output, loss)
+            if self.denominator is None and self.factor is None:
+                self._find_factor(batch, loss, log_probs)
             self.batches.append(batch)
             return output
 
@@ -123,24 +125,16 @@ class Observer:
                 )
         return done
 
-    def _check_loss(self, call: dict[str, Any], output: Any) -> None:
-        """The model's own loss, where it computes one, has to be the mean over the shifted targets."""
-        labels, loss, logits = call.get("labels"), getattr(output, "loss", None), getattr(output, "logits", None)
-        if labels is None or loss is None or logits is None or logits.shape[:2] != labels.shape:
-            return
-        target = labels[:, 1:].to(logits.device)
-        kept = target != IGNORE
-        with torch.no_grad():
-            total = sum(
-                float(nn.functional.cross_entropy(part.float(), label, reduction="sum"))
-                for part, label in zip(logits[:, :-1][kept].split(1024), target[kept].split(1024), strict=True)
-            )
-        expected = total / float(call.get("num_items_in_batch") or kept.sum().clamp(min=1))
-        value = float(loss.detach())
-        if abs(value - expected) > 0.02 * abs(expected) + 1e-3:
-            raise ValueError(
-                f"model: its loss is {value:.4g}, but the mean negative log-likelihood of the shifted labels is "
-                f"{expected:.4g}; observe() cannot undo another loss. Compute the loss from the logits, or use update()"
+    def _find_factor(self, batch: Batch, loss: Tensor | None, log_probs: Any) -> None:
+        """What the caller's backward multiplies the model's loss by is undone when it arrives there."""
+        examples, known = batch.examples, functools.partial(_discard, self.tape.unscaled)
+        self.tape.unscaled.append(examples)
+        if loss is not None and loss.requires_grad:
+            loss.register_hook(functools.partial(_undo, examples, known))
+        if isinstance(log_probs, Tensor) and log_probs.requires_grad:
+            divisor = batch.tokens.clamp(min=1) if self.loss == "mean" else torch.ones_like(batch.tokens)
+            log_probs.register_hook(
+                functools.partial(_undo_sum, examples, batch.weights / divisor**2, log_probs.detach() != 0, known)
             )
 
     def _refuse_mixed_rows(self, call: dict[str, Any]) -> None:
@@ -168,6 +162,12 @@ class Observer:
             raise ValueError(
                 "observe: expected labels, got a call of the model without them; pass labels to the model, or "
                 "observe(labels=...): the factor of each example in the loss depends on its number of targets"
+            )
+        if call.get("labels") is None and self.denominator is None and self.factor is None:
+            raise ValueError(
+                "loss_denominator: expected a number with a loss that is not the model's own, got None and a call of the model "
+                "without labels; pass observe(loss_denominator=...), what the summed loss is divided by, or "
+                "loss_factor=1 for its mean over the targets of a call"
             )
         if labels.shape != ids.shape:
             raise ValueError(
@@ -201,7 +201,8 @@ class Observer:
         scale = torch.as_tensor(tokens.sum() if denominator is None else denominator, dtype=dtype, device=ids.device)
         if not bool(scale.isfinite() & (scale > 0)) and bool(tokens.sum()):
             raise ValueError(f"loss_denominator: expected a finite number > 0, got {float(scale)}")
-        scale = scale / self.factor
+        if self.factor is not None:
+            scale = scale / self.factor
         factor = scale / (tokens.clamp(min=1) if self.loss == "mean" else 1)
         first = self.first + sum(len(batch.examples.ids) for batch in self.batches)
         examples = Examples(owner, count, weights * factor**2, list(range(first, first + count)))
@@ -243,16 +244,43 @@ def owners_of(
     return owner.masked_fill(~attended, -1), int(per_row.sum())
 
 
-def _undo(examples: Examples, grad: Tensor) -> None:
+def _undo(examples: Examples, known: Callable[[Examples], None], grad: Tensor) -> None:
     """The gradient that arrives at the model's loss is what the caller multiplied it by: accumulation, a loss scaler."""
-    factor = grad.detach().to(examples.weights)
-    weights = examples.weights / factor**2
-    if not bool(factor.isfinite() & weights.isfinite().all()):
+    known(examples)
+    _divide(examples, examples.weights, grad.detach())
+
+
+def _undo_sum(
+    examples: Examples, weights: Tensor, counted: Tensor, known: Callable[[Examples], None], grad: Tensor
+) -> None:
+    """The gradient that arrives at the log-likelihoods is one number where the caller's loss is a multiple of their sum."""
+    known(examples)
+    factors = grad.detach()[counted]
+    if not factors.numel():
+        return
+    if not bool(torch.isclose(factors, factors[0], rtol=1e-4, atol=0.0).all()):
         raise ValueError(
-            f"loss: expected a finite factor other than 0 between the model's loss and the backward, got {float(grad)}, which "
-            "cannot be undone; leave the call out of the observed block, or run it under torch.no_grad()"
+            f"loss: expected the same factor for the log-likelihood of every target, got {float(factors.min()):.4g} to "
+            f"{float(factors.max()):.4g}; a loss that weights its targets (loss_type, a mask of the caller's) cannot be "
+            "undone: use update()"
         )
-    examples.weights = weights
+    _divide(examples, weights, factors[0])
+
+
+def _divide(examples: Examples, weights: Tensor, factor: Tensor) -> None:
+    factor = factor.to(weights)
+    divided = weights / factor**2
+    if not bool(factor.isfinite() & divided.isfinite().all()):
+        raise ValueError(
+            "loss: expected a finite factor other than 0 between the model's loss and the backward, got "
+            f"{float(factor)}, which cannot be undone; leave the call out of the observed block, or run it under "
+            "torch.no_grad()"
+        )
+    examples.weights = divided
+
+
+def _discard(found: list[Examples], examples: Examples) -> None:
+    found[:] = [other for other in found if other is not examples]
 
 
 def _state_of(grad: Tensor | None) -> tuple[int, int] | None:

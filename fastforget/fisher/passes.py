@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastforget._head import LogitTransform, swapped_forward, verified_transform
+from fastforget._head import LogitTransform, base_linear, swapped_forward, verified_transform
 from fastforget.fisher.examples import Examples
 from fastforget.fisher.gradients import How
 from fastforget.fisher.head import FusedHead
@@ -31,6 +31,7 @@ __all__ = [
     "backward_under",
     "choose_rules_on",
     "example_weights",
+    "made_up_tokens",
     "refuse_nonfinite_gradients",
     "refuse_nonfinite_losses",
     "transform_of",
@@ -271,8 +272,7 @@ def choose_rules_on(watched: Watched, sums: Sums, impl: str) -> dict[str, int]:
     Returns:
         How often each parameter is used in one forward.
     """
-    embedding = watched.inner.get_input_embeddings()
-    ids, mask = check_batch(len(embedding.weight), embedding.weight.device)
+    ids, mask = made_up_tokens(watched)
     rows = pack_rows(ids, mask, ids.masked_fill(mask == 0, IGNORE), None)
     transform = transform_of(watched, rows.input_ids, impl)
     dtype = next(iter(sums.tensors.values())).dtype
@@ -307,6 +307,19 @@ def choose_rules_on(watched: Watched, sums: Sums, impl: str) -> dict[str, int]:
     for module in watched.owners:
         module.tier = "uses" if module_rule(module) is None else "module"
     return choose_rules(watched.owners, sums, in_head, reference, measure, modules, eps)
+
+
+def made_up_tokens(watched: Watched) -> tuple[Tensor, Tensor]:
+    """Tokens that the model has both an embedding and a logit of.
+
+    Args:
+        watched: The model.
+
+    Returns:
+        `[3, 7]` int64 tokens and mask.
+    """
+    weight = watched.inner.get_input_embeddings().weight
+    return check_batch(min(len(weight), len(base_linear(watched.head).weight)), weight.device)
 
 
 def _refuse_mixing(watched: Watched, ids: Tensor, logits: Tensor, eps: float) -> None:

@@ -109,6 +109,8 @@ class Tape:
     """What rules see of an observed call."""
     pending: list[Examples] = field(default_factory=list)
     """Of observed calls whose backward may still come."""
+    unscaled: list[Examples] = field(default_factory=list)
+    """Of observed calls, as long as it is not known what the caller multiplied their loss by."""
     paused: bool = False
     """A rule is computing a module again: the swapped forwards step aside."""
     open: bool = True
@@ -155,7 +157,8 @@ class Tape:
                     if self.failures is None:
                         raise ValueError(
                             f"model: {owner.path} cannot be told apart by example as when its rule was chosen ({error}); a "
-                            "model whose code path or layout changes from batch to batch is not supported"
+                            "model whose code path or layout changes from batch to batch is not supported; call model.eval() "
+                            "if training is what changes it"
                         ) from error
                     if owner.tier == TIERS[-1]:
                         self.failures[owner.path] = error
@@ -284,7 +287,20 @@ class Tape:
             self._accumulate(examples, name, examples.waiting.pop(name))
 
     def begin(self, examples: Examples) -> None:
-        """Something of a batch is about to be added."""
+        """Something of a batch is about to be added.
+
+        Args:
+            examples: Of the batch.
+
+        Raises:
+            ValueError: It is not known what their loss was multiplied by.
+        """
+        if any(examples is other for other in self.unscaled):
+            raise ValueError(
+                "loss_denominator: expected a number with a loss that is not the model's own, got None and a backward that "
+                "does not pass through the loss of the model's output; pass observe(loss_denominator=...), what the summed "
+                "loss is divided by, or loss_factor=1 for its mean over the targets of a call"
+            )
         if examples not in self.batches:
             self.batches.append(examples)
 

@@ -63,7 +63,7 @@ def test_gradient_checkpointing(family: str, use_reentrant: bool, examples: list
     model.zero_grad()
     fisher = ff.DiagonalFisher(model)
     with slow_rules_of(family):
-        with fisher.observe(labels=labels):
+        with fisher.observe(labels=labels, loss_factor=1):
             mean_loss(model, batch, labels).backward()
         got = updated(model, padded(examples, "left"))
     assert not same_bits(gradients(model), alone)
@@ -87,7 +87,7 @@ def test_compiled(family: str, backend: str, examples: list[Tensor]):
     model.zero_grad()
     assert_exact(updated(compiled, padded(examples, "left")), expected, dtype, truth)
     fisher = ff.DiagonalFisher(compiled)
-    with fisher.observe(labels=labels):
+    with fisher.observe(labels=labels, loss_factor=1):
         mean_loss(compiled, batch, labels).backward()
     assert_exact(fisher.diagonal(), expected, dtype, truth)
     for name, gradient in gradients(model).items():
