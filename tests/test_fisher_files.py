@@ -162,7 +162,8 @@ def test_the_fisher_of_chosen_parameters_fits_the_whole_model(tmp_path, chosen):
 def test_a_tied_parameter_is_chosen_by_either_name():
     tied = tiny_model(tie_word_embeddings=True)
     estimator = ff.DiagonalFisher(tied, parameters=["lm_head.*", "model.norm.*"])
-    assert estimator.state_dict().keys() == {"sum.model.embed_tokens.weight", "sum.model.norm.weight", "counters"}
+    names = {name for name in estimator.state_dict() if name.startswith("sum.")}
+    assert names == {"sum.model.embed_tokens.weight", "sum.model.norm.weight"}
 
 
 # Files
