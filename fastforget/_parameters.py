@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastforget.fisher.names import as_fisher, canonical_name
 from fastforget.ops._tensor_lists import same_order
 
-__all__ = ["local", "matched", "matched_fisher", "named"]
+__all__ = ["check_fisher_values", "local", "matched", "matched_fisher", "named"]
 
 _checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Versions of Fishers that were found right."""
@@ -110,7 +110,22 @@ def matched_fisher(
     """
     move = not isinstance(fisher, Mapping) if move is None else move
     found = matched(argument, as_fisher(fisher), parameters, (torch.float32, torch.float64), move=move)
-    for name, value in found.items():
+    check_fisher_values(found, argument)
+    dtype = {n: torch.float64 if p.dtype == torch.float64 else torch.float32 for n, p in parameters.items()}
+    return {name: value.to(dtype[name]) for name, value in found.items()}
+
+
+def check_fisher_values(fisher: Mapping[str, Tensor], argument: str = "fisher") -> None:
+    """Refuse a Fisher with a negative or non-finite value. A tensor is looked at once, and again when it has changed.
+
+    Args:
+        fisher: Tensors by name.
+        argument: Its name in messages.
+
+    Raises:
+        ValueError: There is such a value.
+    """
+    for name, value in fisher.items():
         if value.numel() and (value.is_inference() or _checked.get(value) != value._version):  # once, not in every step
             low, high = torch.aminmax(value)
             if not (float(low) >= 0 and float(high) < float("inf")):
@@ -120,8 +135,6 @@ def matched_fisher(
                 )
             if not value.is_inference():
                 _checked[value] = value._version
-    dtype = {n: torch.float64 if p.dtype == torch.float64 else torch.float32 for n, p in parameters.items()}
-    return {name: value.to(dtype[name]) for name, value in found.items()}
 
 
 def local(tensor: Tensor) -> Tensor:

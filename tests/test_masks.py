@@ -67,9 +67,10 @@ def test_bad_choices(options, message):
         trainable_mask({"a": torch.ones(3)}, **options)
 
 
-def test_a_fisher_that_is_not_a_number():
-    with pytest.raises(ValueError, match="NaN"):
-        trainable_mask({"a": torch.tensor([1.0, torch.nan])}, top=0.5)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0])
+def test_a_fisher_that_is_none(value: float):
+    with pytest.raises(ValueError, match=r"fisher\['a'\]: expected finite values >= 0"):
+        trainable_mask({"a": torch.tensor([1.0, value])}, top=0.5)
 
 
 # Files
@@ -197,6 +198,48 @@ def test_a_saved_mask_and_an_accelerated_optimizer(tmp_path):
     optimizer.step()
     assert torch.equal(model.bias, before.bias)
     assert (model.weight != before.weight).tolist() == [[True, False, True]] * 2
+
+
+def test_a_step_that_raises_moves_no_masked_entry_for_good():
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    frozen = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
+    mask_updates(optimizer, frozen, model)
+    before = copy.deepcopy(model)
+
+    def closure() -> float:
+        with torch.no_grad():
+            model.weight.add_(1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    train(model, optimizer, 1)
+    assert torch.equal(model.weight, before.weight)
+
+
+def test_parameters_that_came_later_are_not_passed_over():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    mask_updates(optimizer, {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters()}, model)
+    optimizer.add_param_group({"params": list(model[1].parameters())})
+    with pytest.raises(ValueError, match="optimizer: expected the parameters that it had when mask_updates was called"):
+        train(model, optimizer, 1)
+
+
+def test_frozen_parameters_need_no_mask():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    mask_updates(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        {"1.weight": torch.ones(2, 2).bool(), "1.bias": FREE["bias"]},
+        model,
+    )
+
+
+def test_a_line_search_is_refused():
+    with pytest.raises(ValueError, match="optimizer: expected one that moves the parameters once a step, got LBFGS"):
+        mask_updates(torch.optim.LBFGS(LINEAR.parameters()), FREE, LINEAR)
 
 
 LINEAR = nn.Linear(3, 2)

@@ -127,3 +127,11 @@ def test_a_fisher_is_checked_once_and_after_a_change(monkeypatch: pytest.MonkeyP
     fisher["bias"][0] = -1
     with pytest.raises(ValueError, match="expected finite values >= 0"):
         ewc_penalty(LINEAR, fisher, ONES)
+
+
+def test_an_anchor_that_moves_along_is_refused():
+    for anchor in (LINEAR, dict(LINEAR.named_parameters()), LINEAR.state_dict()):
+        with pytest.raises(
+            ValueError, match=r"anchor\['weight'\]: expected where the parameter is drawn to, got the para"
+        ):
+            ewc_penalty(LINEAR, ONES, anchor)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastforget._parameters import local, matched, named
+from fastforget._parameters import check_fisher_values, local, matched, named
 from fastforget.fisher.files import read_tensors, write_tensors
 from fastforget.fisher.names import as_fisher, canonical_name
 from fastforget.ops import topk_threshold
@@ -44,7 +44,7 @@ def trainable_mask(
 
     Raises:
         TypeError: The Fisher is none.
-        ValueError: A fraction is out of range, not just one of the two is given, or a value is NaN.
+        ValueError: A fraction is out of range, not just one of the two is given, or a value is negative or not finite.
 
     References:
         Sung, Nair and Raffel, "Training Neural Networks with Fixed Sparse Masks", arXiv 2111.09839 (FISH mask).
@@ -57,6 +57,7 @@ def trainable_mask(
     if scope not in ("global", "tensor"):
         raise ValueError(f"scope: expected 'global' or 'tensor', got {scope!r}")
     found = as_fisher(fisher)
+    check_fisher_values(found)
     sharded = [name for name, value in found.items() if local(value) is not value]
     if sharded:
         raise ValueError(
@@ -148,7 +149,8 @@ def mask_updates(optimizer: Optimizer, mask: Any, model: nn.Module) -> MaskedUpd
 
     Args:
         optimizer: Any of torch's kind, `accelerate`'s wrapper included.
-        mask: `{name: bool tensor}` or a saved mask's path, True = may move; for every parameter of the optimizer.
+        mask: `{name: bool tensor}` or a saved mask's path, True = may move; for every parameter of the optimizer that
+            requires a gradient.
         model: Whose parameters the optimizer has.
 
     Returns:
@@ -156,13 +158,19 @@ def mask_updates(optimizer: Optimizer, mask: Any, model: nn.Module) -> MaskedUpd
 
     Raises:
         TypeError: A mask is not boolean.
-        ValueError: Names, shapes or devices do not fit, or the optimizer has parameters that the model has not.
+        ValueError: Names, shapes or devices do not fit, the optimizer has parameters that the model has not, or it is LBFGS;
+            in a step, its parameters are others by then.
     """
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # accelerate's
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "optimizer: expected one that moves the parameters once a step, got LBFGS, whose line search would see the masked "
+            "entries move; use another optimizer"
+        )
     parameters = named(model)
     by_id = {id(parameter): name for name, parameter in parameters.items()}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = _trained(optimizer)
     alien = [tuple(parameter.shape) for parameter in held if id(parameter) not in by_id]
     if alien:
         raise ValueError(
@@ -189,15 +197,22 @@ class MaskedUpdates:
     def __init__(self, optimizer: Optimizer, masks: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._masks = list(masks)
         self._before: list[Tensor] = []
+        self._known = {id(parameter) for parameter in _trained(optimizer)}
         self._hooks = [optimizer.register_step_pre_hook(self._keep), optimizer.register_step_post_hook(self._put_back)]
 
     @torch.no_grad()
-    def _keep(self, *_: Any) -> None:
+    def _keep(self, optimizer: Optimizer, *_: Any) -> None:
+        self._put_back()  # what a step that raised has left
+        if {id(parameter) for parameter in _trained(optimizer)} != self._known:
+            raise ValueError(
+                "optimizer: expected the parameters that it had when mask_updates was called, got others; call remove() and "
+                "mask_updates again"
+            )
         self._before = [local(parameter).detach().clone() for parameter, _ in self._masks]
 
     @torch.no_grad()
     def _put_back(self, *_: Any) -> None:
-        for (parameter, mask), before in zip(self._masks, self._before, strict=True):
+        for (parameter, mask), before in zip(self._masks if self._before else (), self._before, strict=True):
             shard = local(parameter).detach()
             torch.where(mask, shard, before, out=shard)
         self._before = []
@@ -214,3 +229,8 @@ class MaskedUpdates:
     def __exit__(self, *_: Any) -> None:
         """Removed."""
         self.remove()
+
+
+def _trained(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters that an optimizer may move."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]

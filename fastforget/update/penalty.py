@@ -50,6 +50,14 @@ def ewc_penalty(model: nn.Module, fisher: Any, anchor: Mapping[str, Tensor] | nn
             raise ValueError(f"model: {name} is sharded, expected whole parameters; use ff.optim.AdamW(ewc_lambda=...)")
     fishers = matched_fisher(given, parameters)
     anchors = matched("anchor", named(anchor) if isinstance(anchor, nn.Module) else anchor, parameters)
+    same = [
+        name for name, value in anchors.items() if value.data_ptr() == parameters[name].data_ptr() and value.numel()
+    ]
+    if same:
+        raise ValueError(
+            f"anchor[{same[0]!r}]: expected where the parameter is drawn to, got the parameter itself, whose penalty is always "
+            "0; keep a copy with .detach().clone()"
+        )
     return _Penalty.apply(list(fishers.values()), list(anchors.values()), *parameters.values())  # type: ignore[return-value]
 
 
