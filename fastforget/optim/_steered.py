@@ -341,7 +341,7 @@ class Steered(torch.optim.Optimizer):
                 first.drop(state.keys() & self._own)
                 for key in state.keys() & {*self.STATES, *self._own}:
                     dtype = state[key].dtype if key == "anchor" else self._dtype(key, parameter)
-                    if dtype != parameter.dtype and state[key] is not None:  # torch keeps None for a buffer without a step
+                    if dtype != parameter.dtype and state[key] is not None:  # or a buffer without a step
                         self.state[parameter][key] = state[key].to(parameter.device, dtype)
                 if own:
                     self.state[parameter] = own | self.state[parameter]
