@@ -370,3 +370,40 @@ def test_what_the_operations_do_not_take_is_torchs(kind: str):
             optimizer.step()
         results.append(parameter.detach().clone())
     assert torch.equal(*results)
+
+
+def test_a_state_from_before_the_first_step_takes_the_fisher_back():
+    model = torch.nn.Linear(5, 3)
+    start = copy.deepcopy(model.state_dict())
+    optimizer = ff.optim.AdamW(model, lr=0.1, fisher_decay=0.9, soft_weight=3.0)
+    saved, ends = copy.deepcopy(optimizer.state_dict()), []
+
+    def train() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    ends.append(train())
+    model.load_state_dict(start)
+    optimizer.load_state_dict(saved)
+    ends.append(train())
+    assert torch.equal(*ends)
+
+
+def test_a_given_fisher_that_was_added_to_is_not_taken_for_the_first_one():
+    model = torch.nn.Linear(5, 3)
+    fisher = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+    optimizer = ff.optim.AdamW(model, lr=0.1, fisher=fisher, fisher_decay=0.9, soft_weight=3.0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    model(torch.ones(1, 5)).sum().backward()
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="state_dict: expected one with the Fisher of every parameter"):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()
+    assert all(
+        torch.equal(after["state"][i][key], value) for i, own in before["state"].items() for key, value in own.items()
+    )

@@ -28,11 +28,11 @@ from fastforget.ops._steering import (
 if TYPE_CHECKING:
     from fastforget_kernels.tensor_lists import Table
 
-__all__ = ["AdamW", "adamw_", "adamw_step_", "check_steps"]
+__all__ = ["AdamWNumbers", "adamw_", "adamw_step_", "check_steps"]
 
 
 @dataclass(frozen=True)
-class AdamW:
+class AdamWNumbers:
     """The optimizer's numbers, which may change in every step.
 
     Attributes:
@@ -115,7 +115,7 @@ def adamw_(
     maxima = None if max_exp_avg_sqs is None else list(max_exp_avg_sqs)
     states = {"exp_avgs": list(exp_avgs), "exp_avg_sqs": list(exp_avg_sqs), "max_exp_avg_sqs": maxima}
     update = Update(list(params), list(grads), states, steering or Steering(), rounding_keys, maximize)
-    options = AdamW(lr, betas, eps, weight_decay, fused)
+    options = AdamWNumbers(lr, betas, eps, weight_decay, fused)
     options.check()
     if update.params:
         implementation, _ = resolve(impl, update.params[0].device)
@@ -151,7 +151,11 @@ def check_steps(steps: Sequence[Tensor], params: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def adamw_step_(
-    update: Update, steps: Sequence[Tensor], options: AdamW, implementation: str, tables: Sequence[Table] | None = None
+    update: Update,
+    steps: Sequence[Tensor],
+    options: AdamWNumbers,
+    implementation: str,
+    tables: Sequence[Table] | None = None,
 ) -> None:
     """One step without any check.
 
@@ -171,7 +175,7 @@ def adamw_step_(
         _torch_step_(update, steps, options)
 
 
-def _scalars(steps: Sequence[Tensor], options: AdamW) -> list[tuple[float, float, float]] | Tensor:
+def _scalars(steps: Sequence[Tensor], options: AdamWNumbers) -> list[tuple[float, float, float]] | Tensor:
     """1 - lr weight_decay, lr / (1 - beta1^t) and sqrt(1 - beta2^t) of every tensor, in float64."""
     (beta1, beta2), lr = options.betas, scalar(options.lr)
     t = torch.stack(list(steps)).double()
@@ -184,7 +188,9 @@ def _scalars(steps: Sequence[Tensor], options: AdamW) -> list[tuple[float, float
     return torch.stack([kept, lr / (1 - beta1**t), (1 - beta2**t).sqrt()], 1)
 
 
-def _triton_step_(update: Update, steps: Sequence[Tensor], options: AdamW, tables: Sequence[Table] | None) -> None:
+def _triton_step_(
+    update: Update, steps: Sequence[Tensor], options: AdamWNumbers, tables: Sequence[Table] | None
+) -> None:
     from fastforget_kernels.adamw import adamw_ as kernel_
 
     numbers = _scalars(steps, options)
@@ -196,7 +202,7 @@ def _triton_step_(update: Update, steps: Sequence[Tensor], options: AdamW, table
     torch.autograd.graph.increment_version(update.params)
 
 
-def _torch_step_(update: Update, steps: Sequence[Tensor], options: AdamW) -> None:
+def _torch_step_(update: Update, steps: Sequence[Tensor], options: AdamWNumbers) -> None:
     soft = soft_scale(update.steering)
     if options.fused:
         rules = [functools.partial(_fused_rule_, options, step) for step in steps]
@@ -207,7 +213,7 @@ def _torch_step_(update: Update, steps: Sequence[Tensor], options: AdamW) -> Non
 
 
 def _rule_(
-    options: AdamW, kept: float | Tensor, step_size: float | Tensor, root: float | Tensor, theta: Tensor, grad: Tensor,
+    options: AdamWNumbers, kept: float | Tensor, step_size: float | Tensor, root: float | Tensor, theta: Tensor, grad: Tensor,
     exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor | None,
 ) -> None:  # fmt: skip
     """The operations of `torch.optim.AdamW`, in its order."""
@@ -225,16 +231,16 @@ def _rule_(
         theta.addcdiv_(exp_avg, denominator, value=-step_size)
 
 
-def _fused_rule_(options: AdamW, step: Tensor, *tensors: Tensor | None) -> None:
+def _fused_rule_(options: AdamWNumbers, step: Tensor, *tensors: Tensor | None) -> None:
     _fused_(options, False, [step], [[tensor] for tensor in tensors if tensor is not None])
 
 
-def _fused_lists_(update: Update, steps: Sequence[Tensor], options: AdamW) -> None:
+def _fused_lists_(update: Update, steps: Sequence[Tensor], options: AdamWNumbers) -> None:
     for *lists, counts in by_dtype([*update.lists(), steps]):
         _fused_(options, update.maximize, counts, lists)
 
 
-def _fused_(options: AdamW, maximize: bool, steps: list[Tensor], lists: list[list[Tensor]]) -> None:
+def _fused_(options: AdamWNumbers, maximize: bool, steps: list[Tensor], lists: list[list[Tensor]]) -> None:
     params, grads, exp_avgs, exp_avg_sqs, *maxima = lists
     torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
         params,

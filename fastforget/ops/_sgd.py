@@ -29,11 +29,11 @@ from fastforget.ops._steering import (
 if TYPE_CHECKING:
     from fastforget_kernels.tensor_lists import Table
 
-__all__ = ["SGD", "sgd_", "sgd_step_"]
+__all__ = ["SGDNumbers", "sgd_", "sgd_step_"]
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGDNumbers:
     """The optimizer's numbers, which may change in every step.
 
     Attributes:
@@ -118,7 +118,7 @@ def sgd_(
     update = Update(
         list(params), list(grads), {"momentum_buffers": buffers}, steering or Steering(), rounding_keys, maximize
     )
-    options = SGD(lr, momentum, dampening, weight_decay, nesterov, fused)
+    options = SGDNumbers(lr, momentum, dampening, weight_decay, nesterov, fused)
     options.check()
     if (buffers is None) == bool(momentum):
         expected, got = ("tensors", "None") if momentum else ("None", "tensors")
@@ -134,7 +134,11 @@ def sgd_(
 
 @torch.no_grad()
 def sgd_step_(
-    update: Update, first: Sequence[bool], options: SGD, implementation: str, tables: Sequence[Table] | None = None
+    update: Update,
+    first: Sequence[bool],
+    options: SGDNumbers,
+    implementation: str,
+    tables: Sequence[Table] | None = None,
 ) -> None:
     """One step without any check.
 
@@ -155,7 +159,7 @@ def sgd_step_(
         _torch_step_(update, first, options)
 
 
-def _triton_step_(update: Update, first: Sequence[bool], options: SGD, tables: Sequence[Table] | None) -> None:
+def _triton_step_(update: Update, first: Sequence[bool], options: SGDNumbers, tables: Sequence[Table] | None) -> None:
     from fastforget_kernels.sgd import sgd_ as kernel_
 
     lr = scalar(options.lr)
@@ -173,13 +177,13 @@ def _triton_step_(update: Update, first: Sequence[bool], options: SGD, tables: S
     torch.autograd.graph.increment_version(update.params)
 
 
-def _torch_step_(update: Update, first: Sequence[bool], options: SGD) -> None:
+def _torch_step_(update: Update, first: Sequence[bool], options: SGDNumbers) -> None:
     soft, rule = soft_scale(update.steering), _fused_rule_ if options.fused else _rule_
     for i, flag in enumerate(first):
         update_tensor_(update, i, functools.partial(rule, options, flag), soft)
 
 
-def _rule_(options: SGD, first: bool, theta: Tensor, grad: Tensor, buffer: Tensor | None) -> None:
+def _rule_(options: SGDNumbers, first: bool, theta: Tensor, grad: Tensor, buffer: Tensor | None) -> None:
     """The operations of `torch.optim.SGD`, in its order."""
     if options.weight_decay:
         grad = grad.add(theta, alpha=options.weight_decay)
@@ -196,18 +200,18 @@ def _rule_(options: SGD, first: bool, theta: Tensor, grad: Tensor, buffer: Tenso
         theta.add_(grad, alpha=-lr)
 
 
-def _fused_rule_(options: SGD, first: bool, *tensors: Tensor | None) -> None:
+def _fused_rule_(options: SGDNumbers, first: bool, *tensors: Tensor | None) -> None:
     _fused_(options, False, first, [[tensor] for tensor in tensors if tensor is not None])
 
 
-def _fused_lists_(update: Update, first: Sequence[bool], options: SGD) -> None:
+def _fused_lists_(update: Update, first: Sequence[bool], options: SGDNumbers) -> None:
     for flag in set(first):
         chosen = [[t for t, own in zip(tensors, first, strict=True) if own == flag] for tensors in update.lists()]
         for lists in by_dtype(chosen):
             _fused_(options, update.maximize, flag, lists)
 
 
-def _fused_(options: SGD, maximize: bool, first: bool, lists: list[list[Tensor]]) -> None:
+def _fused_(options: SGDNumbers, maximize: bool, first: bool, lists: list[list[Tensor]]) -> None:
     params, grads, *buffers = lists
     torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
         params, grads, buffers[0] if buffers else [], lr=scalar(options.lr), momentum=options.momentum,

@@ -64,6 +64,23 @@ class Steering:
         optional = (self.fisher_decay, self.min_fisher, self.max_fisher)
         return bool(self.ewc_lambda or self.soft_weight) or any(value is not None for value in optional)
 
+    def check_numbers(self) -> None:
+        """Refuse numbers that no step can have.
+
+        Raises:
+            ValueError: One is outside its range, or no F lies between the thresholds.
+        """
+        for name in ("fisher_decay", "ewc_lambda", "soft_weight", "mean_fisher"):
+            value = getattr(self, name)
+            if value is not None:
+                check_number(name, value)
+        low, high = (math.nan if value is None else value for value in (self.min_fisher, self.max_fisher))
+        for name, value in (("min_fisher", self.min_fisher), ("max_fisher", self.max_fisher)):
+            if value is not None and math.isnan(value):
+                raise ValueError(f"{name}: expected a number, got {value}")
+        if low >= high:
+            raise ValueError(f"min_fisher: expected less than max_fisher = {high}, got {low}; no entry would move")
+
 
 @dataclass(frozen=True)
 class Update:
@@ -185,14 +202,7 @@ def _check_options(steering: Steering) -> None:
         raise ValueError("anchors: expected a tensor for every parameter, which ewc_lambda needs, got None")
     if steering.soft_weight and steering.mean_fisher is None:
         raise ValueError("mean_fisher: expected a number, which soft_weight needs, got None")
-    for name in ("fisher_decay", "ewc_lambda", "soft_weight", "mean_fisher"):
-        value = getattr(steering, name)
-        if value is not None:
-            check_number(name, value)
-    for name in ("min_fisher", "max_fisher"):
-        value = getattr(steering, name)
-        if value is not None and math.isnan(value):
-            raise ValueError(f"{name}: expected a number, got {value}")
+    steering.check_numbers()
 
 
 def _check_masks(update: Update) -> None:

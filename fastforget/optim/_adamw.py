@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from fastforget.ops._adamw import AdamW as Numbers
-from fastforget.ops._adamw import adamw_step_
+from fastforget.ops._adamw import AdamWNumbers, adamw_step_
 from fastforget.ops._steering import Update
 from fastforget.optim._lists import Bucket
 from fastforget.optim._steered import Steered
@@ -76,7 +75,7 @@ class AdamW(Steered, torch.optim.AdamW):
     def _apply(self, bucket: Bucket, update: Update, implementation: str, tables: Sequence[Table] | None) -> None:
         group = bucket.group
         beta1, beta2 = group["betas"]
-        numbers = Numbers(
+        numbers = AdamWNumbers(
             group["lr"], (float(beta1), float(beta2)), group["eps"], group["weight_decay"], bool(group["fused"])
         )
         adamw_step_(update, bucket.states["step"], numbers, implementation, tables)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from fastforget.ops._sgd import SGD as Numbers
-from fastforget.ops._sgd import sgd_step_
+from fastforget.ops._sgd import SGDNumbers, sgd_step_
 from fastforget.ops._steering import Update
 from fastforget.optim._lists import Bucket
 from fastforget.optim._steered import Steered
@@ -59,7 +58,7 @@ class SGD(Steered, torch.optim.SGD):
     def _apply(self, bucket: Bucket, update: Update, implementation: str, tables: Sequence[Table] | None) -> None:
         group = bucket.group
         first = ["momentum_buffer" in new for new in bucket.new]
-        numbers = Numbers(
+        numbers = SGDNumbers(
             group["lr"], group["momentum"], group["dampening"], float(group["weight_decay"]), group["nesterov"],
             bool(group["fused"]),
         )  # fmt: skip

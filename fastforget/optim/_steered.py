@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +14,7 @@ from fastforget._parameters import local, named
 from fastforget.fisher.names import Fisher, canonical_name
 from fastforget.ops._dispatch import resolve
 from fastforget.ops._examples import accumulator
-from fastforget.ops._steering import Steering, Update, check_number
+from fastforget.ops._steering import Steering, Update
 from fastforget.ops._tensor_lists import FLOATS, is_dense
 from fastforget.optim._given import INITIAL, Given, Sources, fit, sharded_like
 from fastforget.optim._lists import Bucket, Checked, mean_fisher
@@ -29,6 +28,7 @@ ADDITIONS = (
     "fisher", "fisher_decay", "anchor", "ewc_lambda", "mask", "min_fisher", "max_fisher", "soft_weight", "state_dtype",
     "stochastic_rounding", "seed", "impl",
 )  # fmt: skip
+MARK = "fastforget"  # entry of a state dict: the states that torch's optimizer has not
 
 
 class Steered(torch.optim.Optimizer):
@@ -74,14 +74,7 @@ class Steered(torch.optim.Optimizer):
 
     def _check_options(self, seed: int) -> None:
         steering, sources = self._steering, self._sources
-        for name in ("fisher_decay", "ewc_lambda", "soft_weight"):
-            value = getattr(steering, name)
-            if value is not None:
-                check_number(name, value)
-        for name in ("min_fisher", "max_fisher"):
-            value = getattr(steering, name)
-            if value is not None and math.isnan(value):
-                raise ValueError(f"{name}: expected a number, got {value}")
+        steering.check_numbers()
         if steering.needs_fisher and sources.fisher is None and steering.fisher_decay is None:
             defaults = {"ewc_lambda": 0.0, "soft_weight": 0.0, "min_fisher": None, "max_fisher": None}
             needs = next(name for name, default in defaults.items() if getattr(steering, name) != default)
@@ -317,14 +310,26 @@ class Steered(torch.optim.Optimizer):
 
     # State ------------------------------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch's optimizer has it; a Fisher or an anchor of its own adds a mark that torch's does not read.
+
+        Returns:
+            The state.
+        """
+        return super().state_dict() | ({MARK: self._own} if self._own else {})
+
     def load_state_dict(self, state_dict: Any) -> None:
         """Load the state of this optimizer, or of torch's.
 
         What this optimizer keeps in float32 beside parameters of a lower dtype is loaded as it is; torch would round it. Of a
-        Fisher or an anchor that is not in the state dict, as in torch's, there stays what there was.
+        Fisher or an anchor that is not in torch's state dict there stays what there was; a Fisher that had not begun to
+        accumulate when this optimizer's state was saved begins anew.
 
         Args:
             state_dict: Of `state_dict()`.
+
+        Raises:
+            ValueError: A Fisher has to begin anew from `fisher=`, which has been added to since.
         """
         states = (self.state.get(parameter, {}) for parameter in self._parameters())
         before = [{key: state[key] for key in state.keys() & self._own} for state in states]
@@ -332,6 +337,8 @@ class Steered(torch.optim.Optimizer):
 
         def keep(_: Any, final: Any) -> None:
             loaded.update(final)
+            if MARK in final:
+                self._refuse_lost_fishers(final, before)
 
         def restore(_: Any) -> None:
             ids = itertools.chain.from_iterable(group["params"] for group in loaded["param_groups"])
@@ -343,6 +350,8 @@ class Steered(torch.optim.Optimizer):
                     dtype = state[key].dtype if key == "anchor" else self._dtype(key, parameter)
                     if dtype != parameter.dtype and state[key] is not None:  # or a buffer without a step
                         self.state[parameter][key] = state[key].to(parameter.device, dtype)
+                if MARK in loaded and "fisher" not in state:
+                    own.pop("fisher", None)  # which had not begun when the state was saved
                 if own:
                     self.state[parameter] = own | self.state[parameter]
 
@@ -354,6 +363,18 @@ class Steered(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _refuse_lost_fishers(self, final: Any, before: Sequence[dict[str, Any]]) -> None:
+        """Before anything is loaded: a Fisher that was given is not kept beside the one that accumulates from it."""
+        ids = itertools.chain.from_iterable(group["params"] for group in final["param_groups"])
+        given = itertools.chain.from_iterable(self._given)
+        for number, own, first in zip(ids, before, given, strict=False):
+            lost = "fisher" in own and "fisher" not in final["state"].get(number, {})
+            if lost and self._sources.fisher is not None and first.fisher is None:
+                raise ValueError(
+                    "state_dict: expected one with the Fisher of every parameter, got one from before it began to accumulate; "
+                    "make the optimizer anew with fisher=, then load"
+                )
 
     def _parameters(self) -> Iterator[Tensor]:
         return itertools.chain.from_iterable(group["params"] for group in self.param_groups)
