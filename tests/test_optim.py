@@ -64,13 +64,13 @@ def test_bits_are_torchs(kind: str, data: st.DataObject):
     shapes = {f"p{i}": shape for i, shape in enumerate(data.draw(st.lists(sides, min_size=1, max_size=5)))}
     options = data.draw(ADAMW if kind == "AdamW" else SGD) | {"fused": data.draw(st.booleans())}
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
-    named = data.draw(st.booleans())
+    named, lr = data.draw(st.booleans()), data.draw(st.sampled_from([0.02, torch.tensor(0.02)]))
     models = [Toy(shapes, dtype) for _ in range(2)]
     cut = data.draw(st.integers(0, len(shapes)))
     optimizers = []
     for cls, model in zip((ours, base), models, strict=True):
         pairs = list(model.named_parameters() if named else model.parameters())
-        groups = [{"params": pairs[:cut], "lr": 0.02}, {"params": pairs[cut:]}]
+        groups = [{"params": pairs[:cut], "lr": lr}, {"params": pairs[cut:]}]
         optimizers.append(cls([group for group in groups if group["params"]], **options))
     late = (
         kind == "AdamW" or not options["fused"]

@@ -92,6 +92,17 @@ NAN = {name: value / 0 for name, value in FISHER.items()}
             "state_dtype: expected torch.float32 or None, got torch.bfloat16",
         ),
         ({"stochastic_rounding": True, "seed": 2**63}, ValueError, "seed: expected an integer of 64 bits, got 9223"),
+        (
+            {"anchor": "initial"},
+            ValueError,
+            "ewc_lambda: expected the strength of the pull to the anchor, got an anchor",
+        ),
+        ({"fisher_decay": 1.01}, ValueError, "fisher_decay: expected a number from 0 to 1, got 1.01; F would grow"),
+        (
+            {"fisher": FISHER, "min_fisher": 1.0, "max_fisher": 1.0},
+            ValueError,
+            "min_fisher: expected less than max_fisher = 1.0, got 1.0; no entry would move",
+        ),
         ({"impl": "cuda"}, ValueError, 'impl: expected "auto", "triton" or "torch", got \'cuda\''),
         ({"mask": MASK, "differentiable": True}, ValueError, "differentiable: expected False beside the options"),
         ({"lr": -1.0, "mask": MASK}, ValueError, "Invalid learning rate"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class FisherCallback(TrainerCallback):
             raise ValueError(f"every: expected an integer >= 1, got {every!r}")
         self.fisher, self.every, self.fuse_grad = fisher, every, fuse_grad
         self._observed = contextlib.ExitStack()
+        weakref.finalize(self, _leave, self._observed)  # of a training that failed, at the end of Python at the latest
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave a step that an interrupt has left open: its examples do not count. Refuse another model's estimator.
@@ -57,9 +59,7 @@ class FisherCallback(TrainerCallback):
                 f"fisher: expected a DiagonalFisher of the model that the Trainer trains, got one of another "
                 f"{type(watched.base).__name__}; make it from trainer.model"
             )
-        stopped = RuntimeError("the training stopped inside a step")
-        with contextlib.suppress(RuntimeError):
-            self._observed.__exit__(RuntimeError, stopped, None)
+        _leave(self._observed)
         if self.fisher.per == "batch_mean" and args.max_grad_norm:
             raise ValueError(
                 'FisherCallback: expected max_grad_norm=0 with per="batch_mean", got clipped gradients to square'
@@ -78,3 +78,10 @@ class FisherCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The step's last backward has run."""
         self._observed.close()
+
+
+def _leave(observed: contextlib.ExitStack) -> None:
+    """Out of a step that did not come to its end."""
+    stopped = RuntimeError("the training stopped inside a step")
+    with contextlib.suppress(RuntimeError):
+        observed.__exit__(RuntimeError, stopped, None)

@@ -180,8 +180,9 @@ def _scalars(steps: Sequence[Tensor], options: AdamWNumbers) -> list[tuple[float
     (beta1, beta2), lr = options.betas, scalar(options.lr)
     t = torch.stack(list(steps)).double()
     if t.device.type == "cpu" and not isinstance(lr, Tensor):
-        kept = 1 - lr * options.weight_decay
-        return [(kept, lr / (1 - beta1**step), (1 - beta2**step) ** 0.5) for step in t.tolist()]
+        lr = options.lr  # a tensor of the host has torch divide in float32
+        kept = float(1 - lr * options.weight_decay)
+        return [(kept, float(lr / (1 - beta1**step)), (1 - beta2**step) ** 0.5) for step in t.tolist()]
     if isinstance(lr, Tensor):
         t, lr = t.to(lr.device), lr.double()
     kept = 1 - lr * options.weight_decay * torch.ones_like(t)

@@ -125,10 +125,17 @@ def _torch_dampen_(
     *,
     write: bool,
 ) -> None:
+    # 1 and 0 choose, since operations on bool tensors are slow on a CPU: lam r / f where 1, and 1 / 1 where 0.
     for i, tensors in enumerate(zip(params, forget, retain, strict=True)):
-        for param, f, r in chunks(tensors, scratch=2):
-            chosen = f > r * alpha
-            counts[i] += torch.count_nonzero(chosen)
+        ones = None
+        for param, f, r in chunks(tensors, scratch=3):
+            one = ones = torch.ones_like(f) if ones is None else ones[: len(f)]
+            factor = r * alpha
+            chosen = torch.gt(f, factor, out=torch.empty_like(f))
+            counts[i] += chosen.sum().long()
             if write:
-                dampened = (r * lam).div_(f).clamp_(max=1.0).mul_(param)
-                param.copy_(torch.where(chosen, dampened, param))
+                torch.lerp(one, r if lam == 1.0 else r * lam, chosen, out=factor)
+                factor.div_(torch.lerp(one, f, chosen, out=chosen)).clamp_(max=1.0)
+                param.mul_(
+                    factor.nan_to_num_(nan=1.0)
+                )  # of an F that is not finite, which is the caller's if not checked

@@ -74,6 +74,10 @@ class Steering:
             value = getattr(self, name)
             if value is not None:
                 check_number(name, value)
+        if self.fisher_decay is not None and self.fisher_decay > 1:
+            raise ValueError(
+                f"fisher_decay: expected a number from 0 to 1, got {self.fisher_decay}; F would grow forever"
+            )
         low, high = (math.nan if value is None else value for value in (self.min_fisher, self.max_fisher))
         for name, value in (("min_fisher", self.min_fisher), ("max_fisher", self.max_fisher)):
             if value is not None and math.isnan(value):

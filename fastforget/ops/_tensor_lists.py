@@ -136,7 +136,10 @@ def chunks(tensors: Sequence[Tensor], scratch: int = 0) -> Iterator[tuple[Tensor
     """
     flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
     size = chunk_elements(len(tensors) + scratch)
-    yield from zip(*(tensor.split(size) for tensor in flat), strict=True)
+    if len(flat[0]) <= size:
+        yield tuple(flat)  # a split takes as long as the arithmetic of a norm's few weights
+    else:
+        yield from zip(*(tensor.split(size) for tensor in flat), strict=True)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class AdamW(Steered, torch.optim.AdamW):
         anchor: A model, a `{name: tensor}`, the path of a model's safetensors or their folder, or "initial" for a copy of the
             parameters as they are now, which is kept in the state so that a run that resumes has it. Tensors that fit are
             not copied, unless they are the parameters themselves.
-        ewc_lambda: Strength of the pull to the anchor.
+        ewc_lambda: Strength of the pull to the anchor, which needs one; 0 pulls not.
         mask: A `{name: bool tensor}` or a saved mask's path, True = may move; kept with eight entries a byte.
         min_fisher: Only entries with F >= min_fisher move.
         max_fisher: Only entries with F < max_fisher move.

@@ -30,7 +30,7 @@ class SGD(Steered, torch.optim.SGD):
         fisher: See `AdamW`, as for all that follow.
         fisher_decay: Accumulate F.
         anchor: What the pull is to.
-        ewc_lambda: Strength of the pull.
+        ewc_lambda: Strength of the pull, which an anchor needs; 0 pulls not.
         mask: Which entries may move.
         min_fisher: Only entries with F >= min_fisher move.
         max_fisher: Only entries with F < max_fisher move.

@@ -41,17 +41,19 @@ class Steered(torch.optim.Optimizer):
 
     def __init__(
         self, params: Any, *args: Any, fisher: Any = None, fisher_decay: float | None = None, anchor: Any = None,
-        ewc_lambda: float = 0.0, mask: Any = None, min_fisher: float | None = None, max_fisher: float | None = None,
+        ewc_lambda: float | None = None, mask: Any = None, min_fisher: float | None = None, max_fisher: float | None = None,
         soft_weight: float = 0.0, state_dtype: torch.dtype | None = None, stochastic_rounding: bool = False, seed: int = 0,
         impl: str = "auto", **options: Any,
     ):  # fmt: skip
-        numbers = {
-            "ewc_lambda": ewc_lambda,
-            "min_fisher": min_fisher,
-            "max_fisher": max_fisher,
-            "soft_weight": soft_weight,
-        }
-        self._steering = Steering(fisher_decay=fisher_decay, **numbers)
+        if anchor is not None and ewc_lambda is None:
+            raise ValueError("ewc_lambda: expected the strength of the pull to the anchor, got an anchor and None")
+        self._steering = Steering(
+            fisher_decay=fisher_decay,
+            ewc_lambda=0.0 if ewc_lambda is None else ewc_lambda,
+            min_fisher=min_fisher,
+            max_fisher=max_fisher,
+            soft_weight=soft_weight,
+        )
         self._sources = Sources.read(fisher, anchor, mask)
         self._state_dtype, self._seed, self._impl = state_dtype, seed if stochastic_rounding else None, impl
         self._check_options(seed)
