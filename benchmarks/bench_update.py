@@ -81,6 +81,37 @@ def adamw_variants(model: Model) -> Variants:
     }
 
 
+def sgd_variants(model: Model) -> Variants:
+    """SGD with momentum and weight decay."""
+    params, options = model.params, {"lr": LR, "momentum": 0.9, "weight_decay": 1e-2}
+    return {
+        "torch, default": stepped(model, torch.optim.SGD(params, foreach=False, **options)),
+        "torch, foreach": stepped(model, torch.optim.SGD(params, foreach=True, **options)),
+        "torch, fused": stepped(model, torch.optim.SGD(params, fused=True, **options)),
+        "fastforget, the bits of torch's default": stepped(model, ff.optim.SGD(params, **options)),
+        "fastforget": stepped(model, ff.optim.SGD(params, fused=True, **options)),
+    }
+
+
+def masked_variants(model: Model) -> Variants:
+    """AdamW in which the half of the entries with the larger Fisher may not move."""
+    params, names = model.params, model.named(model.params)
+    frozen = [fisher >= fisher.median() for fisher in model.fishers]
+    optimizer = torch.optim.AdamW(params, LR, fused=True)
+
+    @torch.no_grad()
+    def eager() -> Tensor:
+        before = torch._foreach_mul(params, 1.0)
+        optimizer.step()
+        for param, old, mask in zip(params, before, frozen, strict=True):
+            param.copy_(torch.where(mask, old, param))
+        return params[0].detach()
+
+    mask = {name: ~own for name, own in zip(names, frozen, strict=True)}
+    masked = ff.optim.AdamW(list(names.items()), LR, fused=True, mask=mask)
+    return {"torch fused, a copy, and where": eager, "fastforget": stepped(model, masked)}
+
+
 def steered_variants(model: Model) -> Variants:
     """AdamW, the Fisher riding along, and the pull of elastic weight consolidation."""
     params, grads, fishers, anchors = model.params, model.grads, model.fishers, model.anchors
@@ -183,8 +214,10 @@ def merge_variants(model: Model) -> Variants:
 
 
 # Group: variants, and bytes an entry of p bytes has to move.
-GROUPS: dict[str, tuple[Callable[[Model], Variants], Callable[[int], int]]] = {
+GROUPS: dict[str, tuple[Callable[[Model], Variants], Callable[[int], float]]] = {
     "AdamW": (adamw_variants, lambda p: 3 * p + 4 * p),
+    "SGD with momentum": (sgd_variants, lambda p: 3 * p + 2 * p),
+    "AdamW, masked": (masked_variants, lambda p: 3 * p + 4 * p + 1 / 8),
     "AdamW, Fisher and EWC": (steered_variants, lambda p: 3 * p + 4 * p + 8 + p),
     "selective dampening": (dampen_variants, lambda p: 2 * p + 8),
     "top-k threshold": (topk_variants, lambda p: 4),
@@ -216,7 +249,7 @@ def built(request: pytest.FixtureRequest, device: torch.device, large: Model) ->
         tolerance = 1e-5 if DTYPE[device.type] == torch.float32 else 0.02
         torch.testing.assert_close(got.cpu().float(), reference.float(), rtol=tolerance, atol=tolerance)
     entries = sum(p.numel() for p in large.params)
-    size = entries * bytes_of(DTYPE[device.type].itemsize)
+    size = int(entries * bytes_of(DTYPE[device.type].itemsize))
     half = size // 8  # float32 values that are read, and as many that are written
     block = torch.zeros(min(half, 2**26), device=device)
     copied = torch.empty_like(block)

@@ -13,7 +13,8 @@ made to forget it again by selective dampening (SSD).
 
     python docs/examples/sequential_fine_tuning.py --seeds 0 1 2 3 4 --out sequential
 
-writes `sequential.json`, every number of it, and `sequential.png`. `--quick` is a run of seconds that shows nothing.
+writes `sequential.json`, every number of it, and `sequential.png`; seeds that are in the file already are not run again.
+`--quick` is a run of seconds that shows nothing.
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps: does it run?")
     given = parser.parse_args()
     steps, start = QUICK if given.quick else STEPS, time.perf_counter()
-    tokenizer, rows, held_out = domains()
+    path = given.out.with_suffix(".json")
     record: dict[str, Any] = {
         "steps": steps,
         "fastforget": ff.__version__,
@@ -218,10 +219,20 @@ def main() -> None:
         "machine": platform.machine(),
         "seeds": {},
     }
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before | {"seeds": {}} != record:
+            raise SystemExit(f"--out: expected a new file, or a record of the same steps and versions, got {path}")
+        record = before
+    tokenizer, rows, held_out = domains()
     for seed in given.seeds:
+        if str(seed) in record["seeds"]:
+            continue
         record["seeds"][str(seed)] = one_seed(seed, steps, tokenizer, rows, held_out)
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps(record, indent=1) + "\n")
+        unfinished.replace(path)
         print(f"seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
-    given.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     draw(record, given.out.with_suffix(".png"))
     for method, strengths in STRENGTHS.items():
         for strength in strengths:

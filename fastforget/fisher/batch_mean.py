@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +12,39 @@ from fastforget.fisher.examples import Examples
 from fastforget.fisher.passes import Losses, NonFiniteError, refuse_nonfinite_losses
 from fastforget.fisher.sums import Sums
 from fastforget.fisher.watched import Watched
+from fastforget.perplexity import log_perplexity
 
-__all__ = ["add_squares_", "losses_and_gradient", "one_step"]
+__all__ = ["add_squares_", "losses_and_gradient", "one_step", "refuse_given"]
+
+
+def refuse_given(**arguments: Any) -> None:
+    """The square of a step's gradient takes it as it comes.
+
+    Args:
+        **arguments: Of `observe`, that mean something for each example only.
+
+    Raises:
+        ValueError: One is not None.
+    """
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f'{name}: expected None with per="batch_mean", whose square is the step\'s own; leave it out'
+            )
 
 
 def losses_and_gradient(
-    watched: Watched, examples: Examples, loss: Tensor, tokens: Tensor
+    watched: Watched, batch: dict[str, Any], examples: Examples, tokens: Tensor, reduction: str, impl: str
 ) -> tuple[Losses, dict[str, Tensor]]:
     """The gradient of the weighted mean of a batch's losses.
 
     Args:
         watched: The model.
+        batch: `input_ids` and the other arguments of `log_perplexity` that tell what a batch is.
         examples: Of the batch.
-        loss: `[B]`, differentiable.
         tokens: `[B]` targets; an example without one does not count.
+        reduction: "mean" or "sum", over an example's targets.
+        impl: "auto", "triton" or "torch".
 
     Returns:
         The losses, and the gradient by parameter, empty where no example counts.
@@ -32,6 +52,7 @@ def losses_and_gradient(
     Raises:
         NonFiniteError: Some losses are not finite.
     """
+    loss = log_perplexity(watched.model, **batch, reduction=reduction, impl=impl)
     losses = Losses(loss.detach().masked_fill(tokens == 0, torch.nan), tokens)
     refuse_nonfinite_losses(losses, examples)
     counts = (tokens > 0) & (examples.weights > 0)

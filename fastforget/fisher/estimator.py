@@ -12,14 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _NormBase
 
 from fastforget._head import eval_mode
-from fastforget.fisher.batch_mean import add_squares_, losses_and_gradient, one_step
+from fastforget.fisher.batch_mean import add_squares_, losses_and_gradient, one_step, refuse_given
 from fastforget.fisher.counts import Counts
 from fastforget.fisher.examples import Examples
 from fastforget.fisher.gradients import How
-from fastforget.fisher.observe import Observer
+from fastforget.fisher.observe import Observer, refuse_batch_norms
 from fastforget.fisher.passes import (
     Convention,
     Losses,
@@ -33,7 +32,7 @@ from fastforget.fisher.passes import (
 from fastforget.fisher.sums import Sums
 from fastforget.fisher.tape import Tape
 from fastforget.fisher.watched import Filter, Watched, local, uncompiled
-from fastforget.perplexity import IGNORE, check_batch, log_perplexity, pack_rows
+from fastforget.perplexity import IGNORE, check_batch, pack_rows
 
 __all__ = ["DiagonalFisher"]
 
@@ -147,36 +146,28 @@ class DiagonalFisher:
             ValueError: An argument has a wrong shape or value, or the model does something that cannot be honoured.
         """
         watched = self._watched
-        check_batch(watched.model, input_ids, attention_mask, labels, position_ids)
-        rows = pack_rows(input_ids, attention_mask, labels, position_ids)
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "position_ids": position_ids,
+        }
+        check_batch(watched.model, **batch)
+        rows = pack_rows(**batch)
         with self._active(), torch.enable_grad(), eval_mode(watched.inner), uncompiled(watched.model):
             transform = transform_of(watched, rows.input_ids, self._impl)
             self._choose_rules()
-            count = len(rows.input_ids)
-            given = example_weights(weights, count, self._dtype, input_ids.device)
-            ids = self._ids(example_ids, count)
-            owner = torch.arange(count, device=input_ids.device)[:, None].expand_as(rows.input_ids)
-            if rows.attended is not None:
-                owner = owner.masked_fill(~rows.attended, -1)
-            examples = Examples(owner, count, given / self.samples, ids)
+            given = example_weights(weights, len(rows.input_ids), self._dtype, input_ids.device)
+            examples = Examples.of_rows(rows, given / self.samples, self._ids(example_ids, len(rows.input_ids)))
             if self.per == "batch_mean":
-                loss = log_perplexity(
-                    watched.model,
-                    input_ids,
-                    attention_mask,
-                    labels,
-                    position_ids=position_ids,
-                    reduction=self.loss,
-                    impl=self._impl,
-                )
-                losses, gradients = losses_and_gradient(watched, examples, loss, (rows.target != IGNORE).sum(1))
+                tokens = (rows.target != IGNORE).sum(1)
+                losses, gradients = losses_and_gradient(watched, batch, examples, tokens, self.loss, self._impl)
                 with self._all_or_invalid(lambda: self._sums.adding):
                     add_squares_(self._sums, gradients, self._impl)
             else:
-                seeds = tuple((self.seed << 16) + i for i in range(self.samples)) if self.labels == "sampled" else None
                 tape = self._tape(detach=True)
                 with self._all_or_invalid(lambda: bool(tape.batches)):
-                    convention = Convention(self.loss, seeds, self._impl)
+                    convention = Convention(self.loss, self._seeds(), self._impl)
                     losses = backward_under(watched, tape, rows, examples, transform, convention)
         self._counts.add(examples.ids, given, losses.tokens, step=self.per == "batch_mean")
         self._refuse_nonfinite([examples])
@@ -221,19 +212,10 @@ class DiagonalFisher:
                 'observe: expected labels="data", got "sampled", whose loss is not the caller\'s; use update()'
             )
         watched = self._watched
-        given = {"labels": labels, "loss_denominator": loss_denominator, "weights": weights}
-        for name, value in given.items() if self.per == "batch_mean" else ():
-            if value is not None:
-                raise ValueError(
-                    f'{name}: expected None with per="batch_mean", whose square is the step\'s own; leave it out'
-                )
-        if labels is not None and not isinstance(labels, Tensor):
-            raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}; call torch.tensor on it")
-        normed = [n for n, m in watched.inner.named_modules() if isinstance(m, _NormBase) and m.training]
-        if normed and self.per != "batch_mean":
-            raise ValueError(
-                f"model: {normed[0]} normalises over the examples of a batch; call model.eval(), or use update()"
-            )
+        if self.per == "batch_mean":
+            refuse_given(labels=labels, loss_denominator=loss_denominator, weights=weights, loss_factor=loss_factor)
+        else:
+            refuse_batch_norms(watched.inner)
         with self._active(), uncompiled(watched.model):
             if self.per == "batch_mean":
                 with self._all_or_invalid(lambda: self._sums.adding):
@@ -457,6 +439,10 @@ class DiagonalFisher:
         except NonFiniteError:
             self._invalid = "gradients of some examples were not finite"
             raise
+
+    def _seeds(self) -> tuple[int, ...] | None:
+        """Of the draws of a batch's labels."""
+        return tuple((self.seed << 16) + i for i in range(self.samples)) if self.labels == "sampled" else None
 
     def _ids(self, given: Sequence[Any] | None, count: int) -> list[Any]:
         if given is None:

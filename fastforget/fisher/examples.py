@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastforget.perplexity import PackedRows
 
 __all__ = ["Examples", "LayoutError", "Segments"]
 
@@ -48,6 +51,24 @@ class Examples:
         self.waiting: dict[str, list[Any]] = {}  # pieces of parameters that are used several times, by name
         self.done: set[str] = set()  # parameters whose pieces are accumulated
         self._segments: dict[tuple[int, bool], Segments] = {}
+
+    @classmethod
+    def of_rows(cls, rows: PackedRows, weights: Tensor, ids: list[object]) -> Examples:
+        """One example a row.
+
+        Args:
+            rows: Of the batch.
+            weights: `[B]`.
+            ids: B names.
+
+        Returns:
+            The examples.
+        """
+        count = len(rows.input_ids)
+        owner = torch.arange(count, device=rows.input_ids.device)[:, None].expand_as(rows.input_ids)
+        if rows.attended is not None:
+            owner = owner.masked_fill(~rows.attended, -1)
+        return cls(owner, count, weights, ids)
 
     def tokens(self, tensor: Tensor, features: int = 1) -> Tensor:
         """View a module's input or output as rows of tokens.

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fastforget._head import current_forward, swapped_forward
 from fastforget.fisher.examples import Examples
@@ -21,7 +22,7 @@ from fastforget.fisher.tape import Tape
 from fastforget.fisher.watched import Watched, checkpoints_replaced
 from fastforget.perplexity import IGNORE
 
-__all__ = ["Batch", "Observer"]
+__all__ = ["Batch", "Observer", "refuse_batch_norms"]
 
 
 @dataclass
@@ -58,6 +59,8 @@ class Observer:
     first: int
 
     def __post_init__(self) -> None:
+        if self.labels is not None and not isinstance(self.labels, Tensor):
+            raise TypeError(f"labels: expected a tensor, got {type(self.labels).__name__}; call torch.tensor on it")
         if self.factor is not None and (not math.isfinite(self.factor) or self.factor == 0):
             raise ValueError(f"loss_factor: expected a finite number other than 0, got {self.factor}; it is divided by")
         self.batches: list[Batch] = []
@@ -207,6 +210,22 @@ class Observer:
         first = self.first + sum(len(batch.examples.ids) for batch in self.batches)
         examples = Examples(owner, count, weights * factor**2, list(range(first, first + count)))
         return Batch(examples, weights, tokens)
+
+
+def refuse_batch_norms(model: nn.Module) -> None:
+    """A norm over the examples of a batch has no gradient of one example.
+
+    Args:
+        model: In the caller's mode.
+
+    Raises:
+        ValueError: It has such a norm, in training mode.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase) and module.training:
+            raise ValueError(
+                f"model: {name} normalises over the examples of a batch; call model.eval(), or use update()"
+            )
 
 
 def owners_of(
