@@ -38,6 +38,8 @@ F, A, D, OFFSETS = (TOKENS[name] for name in ("fisher", "activations", "grad_out
         ),
         ({"grad_outputs": D[1:]}, ValueError, "grad_outputs: expected S = 5 rows like activations, got 4"),
         ({"grad_outputs": D.to("meta")}, ValueError, "grad_outputs: expected device cpu like activations, got meta"),
+        ({"offsets": OFFSETS.tolist()}, TypeError, "offsets: expected a tensor, got list; call torch.tensor on it"),
+        ({"weights": [1.0, 2.0, 3.0]}, TypeError, "weights: expected a tensor, got list; call torch.tensor on it"),
         ({"offsets": OFFSETS[None]}, ValueError, r"offsets: expected shape \[B \+ 1\], got \(1, 4\)"),
         ({"offsets": OFFSETS[:0]}, ValueError, r"offsets: expected shape \[B \+ 1\], got \(0,\)"),
         ({"offsets": OFFSETS.long()}, TypeError, r"offsets: expected int32, got torch.int64; call .int\(\)"),

@@ -87,7 +87,8 @@ class Observer:
             loss = loss_of(output, call)
             if loss is not None and not bool(loss.isfinite()):
                 raise NonFiniteError(
-                    f"loss: expected a finite loss of the observed call, got {float(loss.detach())}; leave such examples out",
+                    f"loss: expected a finite loss of the observed call, got {float(loss.detach())} with examples "
+                    f"{_ids(batch.examples)}; leave out those that cause it, which update() names",
                     batch.examples.ids,
                 )
             log_probs = getattr(output, "log_probs", None)  # TRL's, whose trainer computes its loss from them
@@ -296,6 +297,12 @@ def _divide(examples: Examples, weights: Tensor, factor: Tensor) -> None:
             "torch.no_grad()"
         )
     examples.weights = divided
+
+
+def _ids(examples: Examples) -> str:
+    """Of a call, which are consecutive."""
+    first, last = examples.ids[0], examples.ids[-1]
+    return f"{first}" if first == last else f"{first} to {last}"
 
 
 def _discard(found: list[Examples], examples: Examples) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ __all__ = [
     "check_matrix",
     "example_bounds",
     "refuse_float64",
+    "refuse_others",
     "remember_bounds",
 ]
 
@@ -50,6 +52,20 @@ def refuse_float64(implementation: str, activations: Tensor) -> None:
         )
 
 
+def refuse_others(**tensors: Any) -> None:
+    """Refuse what is no tensor.
+
+    Args:
+        **tensors: The arguments.
+
+    Raises:
+        TypeError: One is none.
+    """
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}; call torch.tensor on it")
+
+
 def check_examples(activations: Tensor, grad_outputs: Tensor, offsets: Tensor) -> None:
     """Refuse tokens and offsets whose shapes, dtypes or devices do not fit.
 
@@ -59,9 +75,10 @@ def check_examples(activations: Tensor, grad_outputs: Tensor, offsets: Tensor) -
         offsets: `[B + 1]` int32.
 
     Raises:
-        TypeError: A dtype is wrong.
+        TypeError: Something is no tensor, or a dtype is wrong.
         ValueError: A shape or a device is wrong.
     """
+    refuse_others(activations=activations, grad_outputs=grad_outputs, offsets=offsets)
     for name, tensor, shape in (("activations", activations, "[S, I]"), ("grad_outputs", grad_outputs, "[S, O]")):
         if tensor.ndim != 2:
             raise ValueError(

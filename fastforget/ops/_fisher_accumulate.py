@@ -13,6 +13,7 @@ from fastforget.ops._examples import (
     check_matrix,
     example_bounds,
     refuse_float64,
+    refuse_others,
 )
 from fastforget.ops._gradient_blocks import gradient_blocks
 
@@ -72,6 +73,7 @@ def fisher_accumulate_(
 
 
 def _check_weights(weights: Tensor, offsets: Tensor) -> None:
+    refuse_others(weights=weights)
     examples = offsets.shape[0] - 1
     if weights.shape != (examples,):
         raise ValueError(f"weights: expected shape [B] = ({examples},), got {tuple(weights.shape)}")
