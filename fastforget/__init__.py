@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastforget.fisher.rules import fisher_rule
     from fastforget.matrix import ForgettingMatrix, forgetting_matrix
     from fastforget.perplexity import log_perplexity
+    from fastforget.prediction import ForgettingPredictor, example_representations
     from fastforget.update.dampening import selective_dampening_
     from fastforget.update.deltas import add_delta_, load_delta, parameter_delta, save_delta
     from fastforget.update.masks import load_mask, mask_updates, save_mask, trainable_mask
@@ -24,9 +25,11 @@ __all__ = [
     "DiagonalFisher",
     "FisherCallback",
     "ForgettingMatrix",
+    "ForgettingPredictor",
     "add_delta_",
     "combine_fishers",
     "ewc_penalty",
+    "example_representations",
     "fisher_merge",
     "fisher_rule",
     "forgetting_matrix",
@@ -54,6 +57,8 @@ _HOME = {
     "ForgettingMatrix": "fastforget.matrix",
     "forgetting_matrix": "fastforget.matrix",
     "log_perplexity": "fastforget.perplexity",
+    "ForgettingPredictor": "fastforget.prediction",
+    "example_representations": "fastforget.prediction",
     "ewc_penalty": "fastforget.update.penalty",
     "add_delta_": "fastforget.update.deltas",
     "fisher_merge": "fastforget.update.merging",

@@ -11,12 +11,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastforget.fisher.names import as_fisher, canonical_name
-from fastforget.ops._tensor_lists import same_order
+from fastforget.ops._examples import accumulator
+from fastforget.ops._tensor_lists import refuse_impossible, same_order
 
-__all__ = ["check_fisher_values", "local", "matched", "matched_fisher", "named"]
+__all__ = ["check_fisher_values", "extremes", "local", "matched", "matched_fisher", "named"]
 
-_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Versions of Fishers that were found right."""
+_extremes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Version, least and largest entry of tensors that were looked at."""
 
 
 def named(parameters: nn.Module | Iterable[tuple[str, Tensor]], argument: str = "model") -> dict[str, Tensor]:
@@ -110,31 +111,48 @@ def matched_fisher(
     """
     move = not isinstance(fisher, Mapping) if move is None else move
     found = matched(argument, as_fisher(fisher), parameters, (torch.float32, torch.float64), move=move)
-    check_fisher_values(found, argument)
-    dtype = {n: torch.float64 if p.dtype == torch.float64 else torch.float32 for n, p in parameters.items()}
-    return {name: value.to(dtype[name]) for name, value in found.items()}
+    dtypes = {name: accumulator(parameter.dtype) for name, parameter in parameters.items()}
+    check_fisher_values(found, argument, dtypes)
+    return {name: value.to(dtypes[name]) for name, value in found.items()}
 
 
-def check_fisher_values(fisher: Mapping[str, Tensor], argument: str = "fisher") -> None:
-    """Refuse a Fisher with a negative or non-finite value. A tensor is looked at once, and again when it has changed.
+def check_fisher_values(
+    fisher: Mapping[str, Tensor], argument: str = "fisher", dtypes: Mapping[str, torch.dtype] | None = None
+) -> None:
+    """Refuse a Fisher with a negative or non-finite value.
 
     Args:
-        fisher: Tensors by name.
+        fisher: Floating-point tensors by name.
         argument: Its name in messages.
+        dtypes: To which the tensors will be cast; default: their own.
 
     Raises:
-        ValueError: There is such a value.
+        ValueError: There is such a value, or a tensor has none.
     """
     for name, value in fisher.items():
-        if value.numel() and (value.is_inference() or _checked.get(value) != value._version):  # once, not in every step
-            low, high = torch.aminmax(value)
-            if not (float(low) >= 0 and float(high) < float("inf")):
-                raise ValueError(
-                    f"{argument}[{name!r}]: expected finite values >= 0, got {float(low):.3g} to {float(high):.3g}; a mean of "
-                    "squares is neither negative nor infinite"
-                )
-            if not value.is_inference():
-                _checked[value] = value._version
+        _refuse_meta(f"{argument}[{name!r}]", value)
+        refuse_impossible(f"{argument}[{name!r}]", *extremes(value), (dtypes or {}).get(name, value.dtype))
+
+
+def extremes(value: Tensor) -> tuple[float, float]:
+    """The least and the largest entry. A tensor is looked at once, not in every step, and again when it has changed.
+
+    Args:
+        value: Of real numbers.
+
+    Returns:
+        Both; NaN if there is one, 0 without an entry.
+    """
+    if not value.numel():
+        return 0.0, 0.0
+    version = None if value.is_inference() else value._version  # which inference tensors do not have
+    known = None if version is None else _extremes.get(value)
+    if known is None or known[0] != version:
+        low, high = torch.aminmax(value.detach())
+        known = version, float(low), float(high)
+        if version is not None:
+            _extremes[value] = known
+    return known[1:]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -161,11 +179,15 @@ def _fitted(name: str, value: Tensor, parameter: Tensor, dtypes: tuple[torch.dty
     if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
         value, mesh = value.to(local(parameter).device), parameter.device_mesh
         value = distribute_tensor(value, mesh, parameter.placements, src_data_rank=None)  # every process has all of it
+    if isinstance(value, DTensor) and not isinstance(parameter, DTensor):
+        raise ValueError(f"{name}: expected a whole tensor like the parameter, got a sharded one; gather it")
     if isinstance(value, DTensor) and isinstance(parameter, DTensor) and value.placements != parameter.placements:
         raise ValueError(
             f"{name}: expected placements {parameter.placements} like the parameter, got {value.placements}"
         )
     value, like = local(value), local(parameter)
+    if move:
+        _refuse_meta(name, value)
     value = value.detach() if value.requires_grad else value
     if value.device != like.device and not move:
         raise ValueError(
@@ -174,3 +196,8 @@ def _fitted(name: str, value: Tensor, parameter: Tensor, dtypes: tuple[torch.dty
     if value.device == like.device and same_order(like, value):
         return value
     return torch.empty_like(like, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _refuse_meta(name: str, value: Tensor) -> None:
+    if value.is_meta:
+        raise ValueError(f"{name}: expected a tensor with values, got one on the meta device; load it")

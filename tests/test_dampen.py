@@ -81,7 +81,7 @@ def test_an_impossible_fisher_is_refused_by_name(bad: float, name: str, place: i
     forget[0] = torch.ones(4)[1:]  # not aligned: a launch of its own
     {"forget": forget, "retain": retain}[name][1][place] = bad
     before = [param.clone() for param in params]
-    with pytest.raises(ValueError, match=rf"{name}\[1\]: expected finite numbers of at least 0, got .*(inf|nan|-0.5)"):
+    with pytest.raises(ValueError, match=rf"{name}\[1\]: expected finite values >= 0, got .*(inf|nan|-0.5)"):
         ops.dampen_(params, forget, retain, impl=impl)
     assert all(map(torch.equal, params, before))
     ops.dampen_(params, forget, retain, check=False, dry_run=True, impl=impl)
@@ -134,6 +134,11 @@ def test_parameters_that_require_a_gradient():
     ops.dampen_([param], [torch.ones(3)], [torch.zeros(3)])
     assert param.tolist() == [0.0] * 3
     assert param.is_leaf
+
+
+def test_a_chunk_is_counted_exactly(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    assert chunk_elements(6) <= 2**24
 
 
 def test_torch_path_holds_chunks():

@@ -10,6 +10,7 @@ import torch
 from architectures.families import build
 from end_to_end.two_processes import run_in_two_processes
 from tiny_models import tiny_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import fastforget as ff
@@ -179,6 +180,27 @@ def test_other_wrong_input_is_refused(small):
         ff.selective_dampening_(tied, forget=both, retain=both)
     with pytest.raises(ValueError, match="out: expected a new folder, got none"):
         dampen_checkpoint("x", None, forget=fisher, retain=fisher)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (
+            torch.ones(4, 10)[:, :5],
+            r"model: expected dense parameters, got strides \(10, 1\) for shape \(4, 5\) of '1'",
+        ),
+        (torch.ones(2).to(torch.float8_e5m2), "model: expected floating-point .*, got torch.float8_e5m2 for '1'"),
+        (None, "model: expected every parameter's own memory, got that of '0' for '1'"),
+    ],
+)
+def test_parameters_that_cannot_be_written_are_refused_before_the_others_are(last, message, monkeypatch):
+    monkeypatch.setattr(dampening, "BYTES", 1)
+    first = torch.ones(3)
+    model = nn.ParameterList([nn.Parameter(first), nn.Parameter(first if last is None else last, requires_grad=False)])
+    forget = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
+    with pytest.raises((ValueError, TypeError), match=message):
+        ff.selective_dampening_(model, forget=forget, retain={name: 0 * value for name, value in forget.items()})
+    assert first.tolist() == [1, 1, 1]
 
 
 def test_a_checkpoint_is_dampened_like_the_model(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 import warnings
@@ -73,7 +74,9 @@ def test_adds_as_float64_does(world, scale, tmp_path):
         ff.add_delta_(model, given, scale)
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.detach().double(), expected[name], rtol=1e-6, atol=1e-7)
-    assert ff.load_delta(tmp_path / "delta.safetensors").keys() == delta.keys()
+    loaded = ff.load_delta(tmp_path / "delta.safetensors")
+    assert list(loaded) == list(delta)
+    assert loaded.metadata == {"from": "tuned"}
 
 
 def test_16_bit_parameters_are_added_to_in_float32_and_rounded_once():
@@ -114,6 +117,52 @@ def test_the_base_inside_a_peft_model_will_do(world):
     delta = ff.parameter_delta(model, model.get_base_model())
     assert delta.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in delta.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "merged", "changed"),
+    [
+        ({}, True, "model.layers.0.self_attn.q_proj"),
+        ({"bias": "all"}, False, "model.layers.0.self_attn.q_proj.bias"),
+        ({"modules_to_save": ["lm_head"]}, False, None),
+        ({"modules_to_save": ["lm_head"]}, True, "model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_a_base_that_peft_wrapped_counts_as_it_was(options, merged, changed):
+    """What was trained beside it is found; what was changed in place is refused, as are tensors taken from it before."""
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_model(attention_bias=True)
+    untouched, tensors = copy.deepcopy(base), base.state_dict()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    expected = ff.parameter_delta(model, untouched)
+    if merged:
+        model.merge_adapter()
+    for given in (base, tensors):
+        if changed is None:
+            delta = ff.parameter_delta(model, given)
+            assert "lm_head.weight" in delta
+            assert delta.keys() == expected.keys()
+            assert all(torch.equal(value, expected[name]) for name, value in delta.items())
+        else:
+            with pytest.raises(
+                ValueError, match=f"base: expected it as it was before the adapters, got '{changed}.*; pass its"
+            ):
+                ff.parameter_delta(model, given)
+
+
+def test_a_model_is_not_its_own_base(world):
+    from peft import PeftModel
+
+    base = load(world / "base")
+    whole = PeftModel.from_pretrained(base, str(world / "lora")).merge_and_unload()
+    with pytest.raises(ValueError, match="base: expected another model than tuned, got the same, changed in place"):
+        ff.parameter_delta(whole, base)
+    assert any(value.any() for value in ff.parameter_delta(whole, world / "base").values())
 
 
 def test_several_active_and_merged_adapters(world):
@@ -171,6 +220,10 @@ def test_a_base_that_an_initialisation_changed_counts(world):
     model = get_peft_model(load(world / "base"), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
     for value in ff.parameter_delta(model, world / "base").values():
         assert value.abs().max() < 1e-5
+    with pytest.raises(
+        ValueError, match=r"base: expected it as it was before the adapters, got 'model.layers.0.*weight'"
+    ):
+        ff.parameter_delta(model, model.get_base_model())
     model.save_pretrained(world.parent / "pissa")
     with pytest.raises(ValueError, match="tuned: expected plain LoRA, got init_lora_weights='pissa'"):
         ff.parameter_delta(world.parent / "pissa", world / "base")
@@ -270,8 +323,17 @@ def test_wrong_deltas_are_refused_before_anything_is_written(tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got dict"):
         ff.add_delta_(before, good)  # type: ignore[arg-type]
+    first = torch.ones(3)
+    expanded = nn.ParameterList([nn.Parameter(first), nn.Parameter(torch.ones(1).expand(3))])
+    with pytest.raises(
+        ValueError, match=r"delta\['1'\]: expected a tensor of the model whose entries have memory of their own"
+    ):
+        ff.add_delta_(expanded, {"0": torch.ones(3), "1": torch.ones(3)})
+    assert first.tolist() == [1, 1, 1]
     counted = nn.BatchNorm1d(2)
-    with pytest.raises(TypeError, match=r"expected a floating-point tensor of the model, got torch.int64"):
+    with pytest.raises(
+        TypeError, match=r"expected a floating-point tensor of the model, of 16 bits or more, got torch.int64"
+    ):
         ff.add_delta_(counted, {"num_batches_tracked": torch.tensor(1.0)})
     with pytest.raises(ValueError, match=r"path: expected a file ending in .safetensors"):
         ff.save_delta(good, tmp_path / "delta.bin")

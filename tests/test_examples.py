@@ -1,4 +1,4 @@
-"""The examples of the documentation run, in a few steps, and write what they say."""
+"""The examples of the documentation run, for one seed and in fewer steps, and show what they say."""
 
 from __future__ import annotations
 
@@ -25,13 +25,22 @@ def test_sequential_fine_tuning(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "record.json").read_text())
-    runs = record["seeds"]["0"]["runs"]
+    before, runs = record["seeds"]["0"]["base"], record["seeds"]["0"]["runs"]
     assert {run["method"] for run in runs} == {"AdamW", "EWC, exact Fisher", "EWC, squared batch mean", "mask"}
     values = [value for run in runs for point in run["curve"] for value in point.values()]
     assert all(math.isfinite(value) for value in values)
-    learnt = {run["strength"]: run["curve"][-1]["code"] for run in runs if run["method"] == "mask"}
-    assert sorted(learnt, key=learnt.__getitem__) == sorted(learnt)  # the more is masked, the less is learnt
-    shares = [point["share"] for point in record["seeds"]["0"]["dampened"]]
+    after = {run["method"]: run["curve"][-1] for run in runs}
+    assert all(end["code"] < before["code"] - 0.5 for end in after.values())  # the second domain is learnt
+    for steered in ("EWC, exact Fisher", "EWC, squared batch mean", "mask"):  # what steers, forgets and learns less
+        assert after[steered]["prose"] < after["AdamW"]["prose"]
+        assert after[steered]["code"] > after["AdamW"]["code"]
+    dampened = record["seeds"]["0"]["dampened"]
+    shares = [point["share"] for point in dampened]
     assert shares == sorted(shares)  # a lower alpha dampens more
     assert shares[-1] > shares[0]
+    assert dampened[-1]["code"] > after["AdamW"]["code"] + 0.5  # what is forgotten
     assert (tmp_path / "record.png").stat().st_size > 10_000
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0
+    assert "seed 0" not in again.stdout  # is in the record
+    assert json.loads((tmp_path / "record.json").read_text()) == record

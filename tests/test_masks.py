@@ -12,9 +12,10 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from fastforget import load_mask, mask_updates, save_mask, trainable_mask
-from fastforget.fisher.files import save_fisher
+from fastforget.fisher.files import save_fisher, write_tensors
 from fastforget.fisher.names import Fisher
 from fastforget.ops._tensor_lists import pack_bits, unpack_bits
+from fastforget.update import masks
 
 
 def some_fisher(model: nn.Module) -> dict[str, Tensor]:
@@ -52,9 +53,29 @@ def test_ties_are_chosen_in_order():
     assert mask["b"].tolist() == [[True, True], [False, False]]
 
 
+def test_ties_do_not_depend_on_where_the_fisher_comes_from(tmp_path):
+    fisher = {"last": torch.ones(3), "first": torch.ones(4)}
+    save_fisher(tmp_path / "fisher.safetensors", fisher, {})
+    mask, other = (trainable_mask(given, top=3 / 7) for given in (fisher, tmp_path / "fisher.safetensors"))
+    assert list(mask) == list(other) == ["last", "first"]
+    assert all(mask[name].equal(other[name]) for name in mask)
+    assert mask["last"].all()
+
+
+def test_fishers_of_any_layout_and_without_entries():
+    wide = torch.rand(4, 10, generator=torch.Generator().manual_seed(0))
+    fisher = {"empty": torch.ones(0, 3), "gaps": wide[:, :5], "row": wide[:1].expand(3, 10)}
+    for scope in ("tensor", "global"):
+        mask = trainable_mask(fisher, top=0.3, scope=scope)
+        expected = trainable_mask({name: value.contiguous() for name, value in fisher.items()}, top=0.3, scope=scope)
+        assert list(mask) == list(fisher)
+        assert all(mask[name].equal(expected[name]) for name in mask)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"top": True}, r"top: expected a fraction in \(0, 1\], got True"),
         ({}, "top: expected one of top= and bottom=, got top=None and bottom=None"),
         ({"top": 0.1, "bottom": 0.1}, "top: expected one of top= and bottom=, got top=0.1 and bottom=0.1"),
         ({"top": 0.0}, r"top: expected a fraction in \(0, 1\], got 0.0"),
@@ -71,6 +92,25 @@ def test_bad_choices(options, message):
 def test_a_fisher_that_is_none(value: float):
     with pytest.raises(ValueError, match=r"fisher\['a'\]: expected finite values >= 0"):
         trainable_mask({"a": torch.tensor([1.0, value])}, top=0.5)
+
+
+@pytest.mark.parametrize(
+    ("fisher", "error", "message"),
+    [
+        ({"a": torch.ones(2).int()}, TypeError, r"fisher\['a'\]: expected float32, .* or float64, got torch.int32"),
+        ({"a": torch.ones(2) * 1j}, TypeError, r"fisher\['a'\]: expected float32, .* or float64, got torch.complex64"),
+        (
+            {"a": torch.ones(2, device="meta")},
+            ValueError,
+            r"fisher\['a'\]: expected a tensor with values, got one on the",
+        ),
+        ({"a": torch.ones(0)}, ValueError, "fisher: expected at least one entry, got none"),
+        ({}, ValueError, "fisher: expected at least one entry, got none"),
+    ],
+)
+def test_fishers_without_numbers_are_refused(fisher, error, message):
+    with pytest.raises(error, match=message):
+        trainable_mask(fisher, top=0.5)
 
 
 # Files
@@ -100,6 +140,9 @@ def test_a_saved_mask_comes_back_an_eighth_as_large(tmp_path):
     loaded = load_mask(tmp_path / "mask.safetensors")
     assert loaded.keys() == {"a", "b", "c"}
     assert all(torch.equal(loaded[name.removeprefix("module.")], value) for name, value in mask.items())
+    assert loaded.metadata == {"chosen": "top 30%"}
+    save_mask(loaded, tmp_path / "again.safetensors", loaded.metadata)
+    assert load_mask(tmp_path / "again.safetensors").metadata == loaded.metadata
     assert (tmp_path / "mask.safetensors").stat().st_size < 30_037 / 8 + 1000
     save_fisher(tmp_path / "fisher.safetensors", {"a": torch.ones(2)}, {})
     with pytest.raises(ValueError, match="expected a file that fastforget wrote for a parameter mask"):
@@ -108,6 +151,28 @@ def test_a_saved_mask_comes_back_an_eighth_as_large(tmp_path):
         TypeError, match=r"mask\['a'\]: expected a bool tensor, True where the entry may move, got torch.float32"
     ):
         save_mask({"a": torch.ones(2)}, tmp_path / "mask.safetensors")
+    with pytest.raises(ValueError, match=r"path: expected a file ending in .safetensors"):
+        save_mask(mask, tmp_path / "mask.pt")
+    with pytest.raises(ValueError, match="metadata: expected other keys than shapes, entries, free, got 'free'"):
+        save_mask(mask, tmp_path / "mask.safetensors", {"free": 3})
+
+
+@pytest.mark.parametrize(
+    ("packed", "shapes"),
+    [
+        ({"a": torch.zeros(1, dtype=torch.uint8)}, {"a": [9]}),
+        ({"a": torch.zeros(2, dtype=torch.uint8)}, {"a": [8]}),
+        ({"a": torch.zeros(1)}, {"a": [8]}),
+        ({}, {"a": [8]}),
+        ({"a": torch.zeros(1, dtype=torch.uint8)}, {}),
+    ],
+)
+def test_a_damaged_mask_is_refused(tmp_path, packed, shapes):
+    write_tensors(tmp_path / "mask.safetensors", packed, {"shapes": shapes}, kind=masks.KIND)
+    with pytest.raises(
+        ValueError, match=r"path: expected eight entries of 'a' a byte, got others in .*mask.safetensors"
+    ):
+        load_mask(tmp_path / "mask.safetensors")
 
 
 # Any optimizer
@@ -200,11 +265,26 @@ def test_a_saved_mask_and_an_accelerated_optimizer(tmp_path):
     assert (model.weight != before.weight).tolist() == [[True, False, True]] * 2
 
 
-def test_a_step_that_raises_moves_no_masked_entry_for_good():
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_masks_follow_a_model_that_moves(device: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)  # meta parameters stay themselves
     model = nn.Linear(3, 2)
+    before = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     frozen = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
     mask_updates(optimizer, frozen, model)
+    model.to(device)
+    train(model, optimizer, 1)
+    assert model.weight.device.type == device
+    assert device == "meta" or torch.equal(model.weight.cpu(), before.weight)
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_step_that_raises_moves_no_masked_entry_for_good(removed: bool):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    frozen = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
+    handle = mask_updates(optimizer, frozen, model)
     before = copy.deepcopy(model)
 
     def closure() -> float:
@@ -214,7 +294,10 @@ def test_a_step_that_raises_moves_no_masked_entry_for_good():
 
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(closure)
-    train(model, optimizer, 1)
+    if removed:
+        handle.remove()
+    else:
+        train(model, optimizer, 1)
     assert torch.equal(model.weight, before.weight)
 
 

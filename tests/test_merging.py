@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fastforget as ff
 from fastforget.fisher.files import save_fisher
 from fastforget.fisher.names import Fisher
-from fastforget.update import checkpoints
+from fastforget.update import checkpoints, writing
 
 FLOOR = 1e-6
 
@@ -227,7 +227,7 @@ def test_python_holds_less_than_a_file_while_it_is_written(tmp_path):
     sizes = {f"{i}": torch.empty(1 << 18, device="meta") for i in range(40)}
     source = checkpoints.Source("x", sizes, {name: name for name in sizes}, {}, torch.zeros, lambda folder: None)
     tracemalloc.start()
-    checkpoints.write_checkpoint(tmp_path / "out", source, lambda name: torch.ones(1 << 18), "writing")
+    writing.write_checkpoint(tmp_path / "out", source, lambda name: torch.ones(1 << 18), "writing")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 << 20  # of 40 MB
@@ -239,7 +239,7 @@ def test_files_are_those_of_safetensors(tmp_path):
     tensors = {f"ü{dtype}": torch.arange(5).to(dtype) for dtype in checkpoints.DTYPES.values()}
     tensors |= {"empty": torch.empty(0, 3), "scalar": torch.tensor(2.0), "strided": torch.arange(6.0).view(2, 3).t()}
     source = checkpoints.tensor_source(tensors.items(), "x")
-    checkpoints.write_checkpoint(tmp_path / "out", source, source.read, "writing")
+    writing.write_checkpoint(tmp_path / "out", source, source.read, "writing")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -251,7 +251,7 @@ def test_files_are_those_of_safetensors(tmp_path):
         assert header[name]["data_offsets"][0] % tensor.element_size() == 0, name
     for length in range(1, 9):
         source = checkpoints.tensor_source([("x" * length, torch.ones(1))], "x")
-        checkpoints.write_checkpoint(tmp_path / str(length), source, source.read, "writing")
+        writing.write_checkpoint(tmp_path / str(length), source, source.read, "writing")
         assert header_of(tmp_path / str(length))[1] % 8 == 0
 
 
@@ -332,13 +332,18 @@ def test_wrong_input_is_refused_by_name(tmp_path, monkeypatch):
         ),
         (
             ok[0],
+            [fisher, fisher | {norm: torch.ones(16, device="meta")}],
+            r"fishers\[1\]\['model.norm.weight'\]: expected a tensor with values, got one on the meta device",
+        ),
+        (
+            ok[0],
             [fisher, fisher | {norm: -torch.ones(16)}],
             r"fishers\[1\]\['model.norm.weight'\]: expected finite values >= 0",
         ),
         (["/nowhere/a", "/nowhere/b"], ok[1], r"models\[0\]: expected a checkpoint's folder .* does not exist"),
     ]
     with monkeypatch.context() as context:
-        context.setattr(checkpoints, "_write_file", None)  # nothing gets that far
+        context.setattr(writing, "_write_file", None)  # nothing gets that far
         for models, fishers, message in cases[:-2]:
             with pytest.raises((ValueError, TypeError), match=message):
                 ff.fisher_merge(models, fishers, out=tmp_path / "out")
@@ -354,6 +359,32 @@ def test_wrong_input_is_refused_by_name(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             ff.fisher_merge(*ok, **settings)
+
+
+def test_names_that_mean_one_parameter_are_refused(tmp_path):
+    save_file({"w": torch.ones(2), "module.w": torch.zeros(2)}, tmp_path / "both.safetensors")
+    with pytest.raises(
+        ValueError, match=r"models\[1\]: expected one tensor a name, got 'module.w' and 'w', both 'w'; rename"
+    ):
+        ff.fisher_merge([{"w": torch.ones(2)}, tmp_path / "both.safetensors"], [{}, {}])
+
+
+def test_weights_are_read_from_folders_and_files(tmp_path):
+    models = [small(0), small(1)]
+    models[0].save_pretrained(tmp_path, max_shard_size="3KB")  # with an index
+    for folder, model in ((tmp_path, models[0]), (tmp_path, models[1])):
+        weights = checkpoints.read_weights(folder, "x")
+        assert weights.keys() == model.state_dict().keys()
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+        save_file(models[1].state_dict(), tmp_path / "model.safetensors")  # the single file counts, as in transformers
+    assert checkpoints.read_weights(str(tmp_path / "model.safetensors"), "x").keys() == weights.keys()
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    for path, message in (
+        (tmp_path / "gone", "expected a safetensors file or a folder"),
+        (tmp_path, "cannot read .*model"),
+    ):
+        with pytest.raises(ValueError, match=f"anchor: {message}"):
+            checkpoints.read_weights(path, "anchor")
 
 
 def test_wrong_folders_are_refused(tmp_path):

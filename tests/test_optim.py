@@ -149,7 +149,7 @@ def test_any_options_together_are_the_documented_step(kind: str, data: st.DataOb
         additions |= {"anchor": True, "ewc_lambda": 0.2}
     if data.draw(st.booleans()):
         additions["mask"] = True
-    if data.draw(st.booleans()):
+    if data.draw(st.booleans()) or additions.keys() <= {"fisher", "mask"}:
         additions["soft_weight"] = 2.0
     given = resolved(additions, shapes)
     model = Toy(shapes, torch.float64)

@@ -83,7 +83,7 @@ NAN = {name: value / 0 for name, value in FISHER.items()}
         (
             {"fisher": FISHER, "ewc_lambda": 1.0, "anchor": "nowhere"},
             ValueError,
-            "anchor: expected a safetensors file, a fol",
+            "anchor: expected a safetensors file or a folder with a saved model, got nowhere",
         ),
         ({"fisher": FISHER, "ewc_lambda": 1.0, "anchor": MASK}, TypeError, r"anchor\['weight'\]: expected float32"),
         (
@@ -110,13 +110,20 @@ NAN = {name: value / 0 for name, value in FISHER.items()}
 )
 def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception], message: str):
     with pytest.raises(error, match=message):
-        ff.optim.AdamW(Toy(), **options)
+        ff.optim.AdamW(Toy(), **({"soft_weight": 0.0} | options))
+
+
+def test_a_fisher_that_nothing_reads_is_refused():
+    with pytest.raises(
+        ValueError, match=r"fisher: expected fisher_decay, ewc_lambda, .* or soft_weight beside it, got no"
+    ):
+        ff.optim.AdamW(Toy(), fisher=FISHER)
 
 
 @pytest.mark.parametrize(
     ("argument", "options"),
     [
-        ("fisher", {"fisher": FISHER}),
+        ("fisher", {"fisher": FISHER, "min_fisher": 1.0}),
         ("mask", {"mask": MASK}),
         ("anchor", {"fisher_decay": 1.0, "ewc_lambda": 1.0, "anchor": FISHER}),
     ],

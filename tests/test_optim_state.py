@@ -407,3 +407,73 @@ def test_a_given_fisher_that_was_added_to_is_not_taken_for_the_first_one():
     assert all(
         torch.equal(after["state"][i][key], value) for i, own in before["state"].items() for key, value in own.items()
     )
+
+
+def squares() -> dict[str, Tensor]:
+    return {name: value.square() for name, value in Toy().values().items()}
+
+
+def test_a_state_that_accumulates_no_fisher_leaves_it():
+    other = ff.optim.AdamW(Toy(), anchor="initial", fisher=squares(), ewc_lambda=1.0)
+    optimizer = ff.optim.AdamW(model := Toy(), fisher_decay=0.9, anchor="initial", ewc_lambda=1.0)
+    walk(model, optimizer, some_gradients(SHAPES, 2, absent=0.0))
+    fisher = {name: value.clone() for name, value in optimizer.fisher.items()}
+    optimizer.load_state_dict(other.state_dict())
+    assert_equal(dict(optimizer.fisher), fisher)
+
+
+def test_an_initial_anchor_comes_back_before_the_first_gradient():
+    saved = ff.optim.AdamW(first := Toy(), fisher_decay=0.9, anchor="initial", ewc_lambda=1.0).state_dict()
+    model = Toy()
+    with torch.no_grad():
+        model.weight.mul_(2)
+    optimizer = ff.optim.AdamW(model, fisher_decay=0.9, anchor="initial", ewc_lambda=1.0)
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    walk(model, optimizer, some_gradients(SHAPES, 1, absent=0.0))
+    assert torch.equal(optimizer.state[model.weight]["anchor"], first.weight)
+    torch.optim.AdamW(first.parameters()).load_state_dict(saved)
+
+
+def test_states_that_nothing_keeps_are_dropped():
+    optimizer = ff.optim.AdamW(model := Toy(), fisher_decay=0.9)
+    walk(model, optimizer, some_gradients(SHAPES, 1, absent=0.0))
+    plain = ff.optim.AdamW(Toy())
+    plain.load_state_dict(optimizer.state_dict())
+    assert all("fisher" not in state for state in plain.state.values())
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_the_step_that_only_makes_states_changes_none(kind: str):
+    """`torch.distributed.checkpoint` has an optimizer step with lr = 0 and gradients of zeros."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model, fisher = Toy(), squares()
+    anchor = {name: value + 1 for name, value in Toy().values().items()}
+    options = {"fisher": fisher, "fisher_decay": 0.5, "anchor": anchor, "ewc_lambda": 1.0}
+    options |= {"momentum": 0.9} if kind == "SGD" else {}
+    optimizer = getattr(ff.optim, kind)(model, lr=0.1, **options)
+    get_optimizer_state_dict(model, optimizer)
+    assert_equal(dict(optimizer.fisher), fisher)
+    moments = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    assert not any(bool(state[key].any()) for state in optimizer.state.values() for key in moments if key in state)
+
+
+def test_the_mean_is_that_of_the_fisher_as_it_is_now():
+    fisher, gradients = squares(), some_gradients(SHAPES, 1, absent=0.0)
+    optimizer = ff.optim.SGD(model := Toy(), lr=0.1, fisher=fisher, soft_weight=3.0)
+    walk(model, optimizer, gradients)
+    fisher["weight"].mul_(100)
+    other = copy.deepcopy(model)
+    walk(model, optimizer, gradients)
+    walk(other, ff.optim.SGD(other, lr=0.1, fisher=fisher, soft_weight=3.0), gradients)
+    assert_equal(model.values(), other.values())
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_the_default_device_is_not_taken_for_the_parameters(impl: str):
+    model = Toy(dtype=torch.bfloat16)
+    optimizer = ff.optim.AdamW(model, fisher_decay=0.9, soft_weight=1.0, stochastic_rounding=True, impl=impl)
+    gradients = some_gradients(SHAPES, 2, absent=0.0)
+    with torch.device("meta"):
+        walk(model, optimizer, gradients)
+    assert all(bool(value.isfinite().all()) for value in model.values().values())

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastforget import ewc_penalty
 from fastforget.fisher.files import save_fisher
-from fastforget.ops._tensor_lists import chunk_elements
+from fastforget.ops._tensor_lists import chunk_elements, chunks
 
 
 def moved(model: nn.Module) -> nn.Module:
@@ -63,6 +63,50 @@ def test_nothing_as_large_as_a_parameter_is_kept():
     assert seen.largest <= chunk_elements(4)
 
 
+@pytest.mark.parametrize("layout", ["gaps", "transposed with gaps", "expanded"])
+def test_parameters_that_are_not_dense(layout: str):
+    """Their penalty and gradient are those of contiguous copies."""
+    wide = torch.randn(4, 10)
+    value = {"gaps": wide[:, :5], "transposed with gaps": wide.T[:5], "expanded": wide[:1].expand(4, 10)}[layout]
+    model = nn.ParameterDict({"w": nn.Parameter(value)})
+    plain = nn.ParameterDict({"w": nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format))})
+    fisher = {"w": torch.rand(wide.shape).as_strided(value.shape, value.stride())}
+    anchor = {"w": torch.randn(value.shape)}
+    penalties = [ewc_penalty(m, fisher, anchor) for m in (model, plain)]
+    assert penalties[0].item() == pytest.approx(penalties[1].item(), rel=1e-6)
+    grads = [torch.autograd.grad(p, list(m.values()))[0] for p, m in zip(penalties, (model, plain), strict=True)]
+    assert torch.equal(*grads)
+    with pytest.raises(ValueError, match=r"anchor\['w'\]: expected where the parameter is drawn to"):
+        ewc_penalty(model, fisher, model)
+
+
+def test_views_in_memory_order_refuse_other_memory():
+    with pytest.raises(ValueError, match=r"tensor: expected a dense one, got strides \(10, 1\) for shape \(4, 5\)"):
+        list(chunks([torch.ones(4, 10)[:, :5]]))
+    with pytest.raises(ValueError, match=r"tensors: expected strides \(5, 1\) like the first's, got \(1, 4\)"):
+        list(chunks([torch.ones(4, 5), torch.ones(5, 4).T]))
+
+
+def test_an_anchor_is_a_checkpoint_too(tmp_path):
+    model = tiny_model()
+    old = moved(model)
+    old.save_pretrained(tmp_path)
+    fisher = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    for anchor in (tmp_path, tmp_path / "model.safetensors"):
+        assert torch.equal(ewc_penalty(model, fisher, anchor), ewc_penalty(model, fisher, old))
+
+
+def test_frozen_parameters_cost_no_gradient(monkeypatch: pytest.MonkeyPatch):
+    model = nn.Linear(3, 2)
+    model.weight.requires_grad_(False)
+    loss = ewc_penalty(model, ONES, {name: value.detach() + 1 for name, value in ONES.items()})
+    made, empty_like = [], torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: made.append(tensor.shape) or empty_like(tensor))
+    loss.backward()
+    assert made == [(2,)]
+    assert model.weight.grad is None
+
+
 LINEAR = nn.Linear(3, 2)
 ONES = {n: torch.ones_like(p) for n, p in LINEAR.named_parameters()}
 
@@ -108,6 +152,37 @@ ONES = {n: torch.ones_like(p) for n, p in LINEAR.named_parameters()}
             "anchor: expected a tensor for every parameter, got none for bias",
         ),
         (ONES, ONES | {"bias": torch.ones(2, device="meta")}, ValueError, r"anchor\['bias'\]: expected device cpu"),
+        (
+            ONES,
+            ONES | {"bias": torch.ones(2).long()},
+            TypeError,
+            r"anchor\['bias'\]: expected float32 or .*, got torch.int64",
+        ),
+        (
+            ONES,
+            ONES | {"bias": torch.tensor([1.0, torch.nan])},
+            ValueError,
+            r"anchor\['bias'\]: expected finite values, got nan to nan",
+        ),
+        (
+            ONES | {"bias": torch.tensor([1.0, 1e39], dtype=torch.float64)},
+            ONES,
+            ValueError,
+            r"fisher\['bias'\]: expected finite values >= 0, got 1 to 1e\+39 for float32",
+        ),
+        (
+            ONES,
+            "initial",
+            ValueError,
+            "anchor: expected a safetensors file or a folder with a saved model, got initial, which",
+        ),
+        (
+            ONES,
+            3,
+            TypeError,
+            "anchor: expected a model, a mapping from parameter names to tensors or the path .*, got int",
+        ),
+        ({}, ONES, ValueError, "fisher: expected a tensor for at least one parameter, got none"),
         (3, ONES, TypeError, "fisher: expected a DiagonalFisher"),
     ],
 )

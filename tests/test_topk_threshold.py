@@ -190,8 +190,8 @@ def test_torch_path_holds_a_few_chunks():
 
 def test_torch_path_reads_the_data_twice_where_few_are_left(monkeypatch):
     passes = []
-    memory_order = implementation._memory_order
-    monkeypatch.setattr(implementation, "_memory_order", lambda tensor: passes.append(1) or memory_order(tensor))
+    memory_order = implementation.memory_order
+    monkeypatch.setattr(implementation, "memory_order", lambda tensor: passes.append(1) or memory_order(tensor))
     ops.topk_threshold([torch.randn(1000, generator=torch.Generator().manual_seed(0))], k=10)
     assert len(passes) == 2
 

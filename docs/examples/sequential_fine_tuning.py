@@ -2,7 +2,7 @@
 
 A small Llama learns the pages behind Python's `help()` (prose), then source code of the standard library, by
 
-- AdamW as it is,
+- AdamW as it is, with its learning rate and smaller ones,
 - AdamW with the pull of elastic weight consolidation (EWC), by the exact diagonal Fisher of the prose,
 - the same by the squared gradient of batches, which most EWC code takes for the Fisher,
 - AdamW that may not move the entries with the largest Fisher (a mask).
@@ -14,7 +14,7 @@ made to forget it again by selective dampening (SSD).
     python docs/examples/sequential_fine_tuning.py --seeds 0 1 2 3 4 --out sequential
 
 writes `sequential.json`, every number of it, and `sequential.png`; seeds that are in the file already are not run again.
-`--quick` is a run of seconds that shows nothing.
+`--quick` is a run of one or two minutes, with one strength of each and fewer steps.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ from fastforget.demo.text import documentation_topics, library_files, sample
 from fastforget.demo.training import new_model, pack, train_tokenizer
 
 LENGTH, BATCH, HELD_OUT = 128, 16, 64  # tokens a row, rows a step, rows that are never trained on
+LR = 5e-4  # on the second domain
 SIZE = {"hidden": 128, "layers": 4, "max_length": LENGTH}
 STEPS = {"first": 800, "second": 200, "fisher": 32, "every": 20}
-QUICK = {"first": 4, "second": 4, "fisher": 2, "every": 2}
-STRENGTHS = {
-    "AdamW": [1.0],
-    "EWC, exact Fisher": [1.0, 10.0, 100.0, 1000.0],
-    "EWC, squared batch mean": [1.0, 10.0, 100.0, 1000.0],
-    "mask": [0.5, 0.8, 0.95, 0.99],
+STRENGTHS = {  # the divisor of the learning rate; the pull's lambda, times 1000; the share that may not move
+    "AdamW": [1.0, 4.0, 16.0],
+    "EWC, exact Fisher": [1.0, 10.0, 100.0],
+    "EWC, squared batch mean": [1.0, 10.0, 100.0],
+    "mask": [0.25, 0.5, 0.75],
 }
-SHOWN = {"AdamW": 1.0, "EWC, exact Fisher": 100.0, "EWC, squared batch mean": 100.0, "mask": 0.95}  # over training
+SHOWN = {"AdamW": 1.0, "EWC, exact Fisher": 10.0, "EWC, squared batch mean": 10.0, "mask": 0.5}  # over training
+QUICK = {"first": 120, "second": 40, "fisher": 8, "every": 20}
 ALPHAS = [100.0, 30.0, 10.0, 3.0, 1.0]
 
 
@@ -86,28 +87,33 @@ def train(model: Any, optimizer: Any, rows: Tensor, steps: int, seed: int, after
         after_step(step)
 
 
-def fisher_of(model: Any, rows: Tensor, steps: int, per: str) -> dict[str, Tensor]:
-    """Diagonal Fisher over batches of a domain, scaled to a mean of 1, so that strengths mean the same for every Fisher."""
+def fisher_of(model: Any, rows: Tensor, steps: int, per: str) -> tuple[dict[str, Tensor], float]:
+    """Diagonal Fisher over batches of a domain, and its mean; divided by it, so that strengths mean the same for each."""
     fisher = ff.DiagonalFisher(model, per=per)
     for input_ids in batches(rows, steps, seed=99):
         fisher.update(input_ids)
     diagonal = fisher.diagonal()
-    mean = sum(f.double().sum() for f in diagonal.values()) / sum(f.numel() for f in diagonal.values())
-    return {name: f / mean for name, f in diagonal.items()}
+    mean = float(sum(f.double().sum() for f in diagonal.values()) / sum(f.numel() for f in diagonal.values()))
+    return {name: f / mean for name, f in diagonal.items()}, mean
 
 
-def options(method: str, strength: float, model: Any, fishers: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-    """What a method adds to AdamW."""
+def options(method: str, strength: float, fishers: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """What a method gives AdamW."""
+    if method == "AdamW":
+        return {"lr": LR / strength}
     if method == "mask":
         return {"mask": ff.trainable_mask(fishers["example"], bottom=1 - strength)}
-    if method.startswith("EWC"):
-        fisher = fishers["example" if "exact" in method else "batch_mean"]
-        return {"fisher": fisher, "anchor": "initial", "ewc_lambda": strength * 1e-3}
-    return {}
+    fisher = fishers["example" if "exact" in method else "batch_mean"]
+    return {"fisher": fisher, "anchor": "initial", "ewc_lambda": strength * 1e-3}
 
 
 def one_seed(
-    seed: int, steps: dict[str, int], tokenizer: Any, rows: dict[str, Tensor], held_out: dict[str, Tensor]
+    seed: int,
+    steps: dict[str, int],
+    methods: dict[str, list[float]],
+    tokenizer: Any,
+    rows: dict[str, Tensor],
+    held_out: dict[str, Tensor],
 ) -> dict[str, Any]:
     """The first domain once, then the second by every method at every strength."""
     base = new_model(tokenizer, seed=seed, **SIZE)
@@ -116,13 +122,15 @@ def one_seed(
         optimizer, 2e-3, total_steps=steps["first"] + 1, cycle_momentum=False
     )
     train(base, optimizer, rows["prose"], steps["first"], seed, lambda _: schedule.step())
-    fishers = {per: fisher_of(base, rows["prose"], steps["fisher"], per) for per in ("example", "batch_mean")}
-    found: dict[str, Any] = {"base": measure(base, held_out), "runs": []}
-    for method, strengths in STRENGTHS.items():
+    fishers, means = {}, {}
+    for per in ("example", "batch_mean"):
+        fishers[per], means[per] = fisher_of(base, rows["prose"], steps["fisher"], per)
+    found: dict[str, Any] = {"base": measure(base, held_out), "mean_fisher": means, "runs": []}
+    for method, strengths in methods.items():
         for strength in strengths:
             model, curve = copy.deepcopy(base), [found["base"]]
-            added = options(method, strength, model, fishers)
-            optimizer = ff.optim.AdamW(model.named_parameters(), lr=5e-4, weight_decay=0.01, **added)
+            given = {"lr": LR, "weight_decay": 0.01} | options(method, strength, fishers)
+            optimizer = ff.optim.AdamW(model.named_parameters(), **given)
 
             def after_step(step: int, model: Any = model, curve: list[Any] = curve) -> None:
                 if step % steps["every"] == 0:
@@ -130,7 +138,7 @@ def one_seed(
 
             train(model, optimizer, rows["code"], steps["second"], seed, after_step)
             found["runs"].append({"method": method, "strength": strength, "curve": curve})
-            if method == "AdamW":
+            if (method, strength) == ("AdamW", 1.0):
                 tuned = model
     found["dampened"] = dampened(tuned, rows, held_out, steps["fisher"])
     return found
@@ -138,7 +146,7 @@ def one_seed(
 
 def dampened(tuned: Any, rows: dict[str, Tensor], held_out: dict[str, Tensor], steps: int) -> list[dict[str, Any]]:
     """Selective dampening: the code is to be forgotten, the prose retained."""
-    forget, retain = (fisher_of(tuned, rows[name], steps, "example") for name in ("code", "prose"))
+    forget, retain = (fisher_of(tuned, rows[name], steps, "example")[0] for name in ("code", "prose"))
     found = []
     for alpha in ALPHAS:
         model = copy.deepcopy(tuned)
@@ -174,10 +182,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
             title=f"{domain} ({'learnt first' if domain == 'prose' else 'learnt second'})",
         )
     axes[0].legend(frameon=False)
-    for method, strengths in STRENGTHS.items():
+    for method, strengths in record["methods"].items():
         points = [[ends(record, method, strength, domain) for strength in strengths] for domain in ("code", "prose")]
         mean = [[statistics.fmean(values) for values in axis] for axis in points]
-        spread = [[statistics.pstdev(values) for values in axis] for axis in points]
+        spread = [[deviation(values) for values in axis] for axis in points]
         axes[2].errorbar(
             *mean, xerr=spread[0], yerr=spread[1], color=colors[method], marker="o", ms=4, lw=1, label=method
         )
@@ -186,6 +194,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
         for d in ("code", "prose")
     ]
     axes[2].plot(*path_of_ssd, color="#cc79a7", marker="s", ms=4, lw=1, ls=":", label="AdamW, then SSD of the code")
+    base = [statistics.fmean(seed["base"][domain] for seed in seeds) for domain in ("code", "prose")]
+    axes[2].plot(*base, color="black", marker="*", ms=9, ls="", label="before")
     axes[2].set(
         xlabel="code: log-perplexity at the end",
         ylabel="prose: log-perplexity at the end",
@@ -193,6 +203,11 @@ def draw(record: dict[str, Any], path: Path) -> None:
     )
     axes[2].legend(frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def deviation(values: list[float]) -> float:
+    """Standard deviation over seeds."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def ends(record: dict[str, Any], method: str, strength: float, domain: str) -> list[float]:
@@ -208,12 +223,15 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("sequential"), help="path of the record and the picture, without ending"
     )
-    parser.add_argument("--quick", action="store_true", help="a few steps: does it run?")
+    parser.add_argument("--quick", action="store_true", help="fewer steps, and one strength of each method")
     given = parser.parse_args()
-    steps, start = QUICK if given.quick else STEPS, time.perf_counter()
+    steps, methods, start = STEPS, STRENGTHS, time.perf_counter()
+    if given.quick:
+        steps, methods = QUICK, {method: [strength] for method, strength in SHOWN.items()}
     path = given.out.with_suffix(".json")
     record: dict[str, Any] = {
         "steps": steps,
+        "methods": methods,
         "fastforget": ff.__version__,
         "torch": torch.__version__,
         "machine": platform.machine(),
@@ -228,16 +246,17 @@ def main() -> None:
     for seed in given.seeds:
         if str(seed) in record["seeds"]:
             continue
-        record["seeds"][str(seed)] = one_seed(seed, steps, tokenizer, rows, held_out)
+        record["seeds"][str(seed)] = one_seed(seed, steps, methods, tokenizer, rows, held_out)
         unfinished = path.with_suffix(".part")
         unfinished.write_text(json.dumps(record, indent=1) + "\n")
         unfinished.replace(path)
         print(f"seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
     draw(record, given.out.with_suffix(".png"))
-    for method, strengths in STRENGTHS.items():
+    for method, strengths in methods.items():
         for strength in strengths:
-            prose, code = (statistics.fmean(ends(record, method, strength, domain)) for domain in ("prose", "code"))
-            print(f"{method:26} {strength:8g}  prose {prose:.3f}  code {code:.3f}")
+            values = {domain: ends(record, method, strength, domain) for domain in ("prose", "code")}
+            shown = (f"{d} {statistics.fmean(v):.3f} +- {deviation(v):.3f}" for d, v in values.items())
+            print(f"{method:26} {strength:8g}  {'   '.join(shown)}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ NAMES_SHOWN = 5
 def save_fisher(path: str | os.PathLike[str], diagonal: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write a diagonal Fisher; the file is absent, as before, or whole, whatever happens meanwhile.
 
-    The same tensors and metadata give the same bytes.
+    The same tensors in the same order and the same metadata give the same bytes.
 
     Args:
         path: the file, `.safetensors`. Its folder is made where it is missing.
@@ -240,6 +240,8 @@ def check_space(path: Path, needed: int) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, kind: str) -> None:
     """Write tensors and a record under a temporary name, sync and rename.
 
+    safetensors sorts the tensors; the record has their own order, on which choices between equal entries depend.
+
     Args:
         path: the file; its folder is made where it is missing.
         tensors: on any device; strided, tied and viewed as they like.
@@ -255,7 +257,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     from fastforget._files import write_atomically
 
-    record = {"kind": kind, "format": FORMAT_VERSION, "metadata": dict(metadata)}
+    record = {"kind": kind, "format": FORMAT_VERSION, "metadata": dict(metadata), "order": list(tensors)}
     try:
         header = {HEADER_KEY: json.dumps(record, sort_keys=True, ensure_ascii=False)}
     except TypeError as error:
@@ -285,17 +287,20 @@ def read_tensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, 
         kind: what it has to be.
 
     Returns:
-        The tensors, mapped from the file, and the metadata.
+        The tensors in the order in which they were given, mapped from the file, and the metadata.
 
     Raises:
         ValueError: if it is missing, damaged or something else.
     """
     from safetensors import SafetensorError, safe_open
 
-    metadata = read_metadata(path, kind=kind)
+    path = Path(os.fspath(path)).expanduser()
+    record = _read_record(path, kind)
+    place = {name: i for i, name in enumerate(record.get("order", []))}  # older files have none
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+        with safe_open(path, framework="pt") as file:
+            names = sorted(file.keys(), key=lambda name: place.get(name, len(place)))
+            return {name: file.get_tensor(name) for name in names}, record["metadata"]
     except (OSError, SafetensorError) as error:
         raise ValueError(f"path: cannot read {path}: {error}; the file is damaged, compute it again") from error
 
@@ -313,12 +318,16 @@ def read_metadata(path: str | os.PathLike[str], *, kind: str) -> dict[str, Any]:
     Raises:
         ValueError: if it is missing, damaged or something else.
     """
+    return _read_record(Path(os.fspath(path)).expanduser(), kind)["metadata"]
+
+
+def _read_record(path: Path, kind: str) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    if not path.is_file():
         raise ValueError(f"path: expected an existing file, got {path}; check the path")
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ValueError(
@@ -328,7 +337,7 @@ def read_metadata(path: str | os.PathLike[str], *, kind: str) -> dict[str, Any]:
         record = json.loads(header[HEADER_KEY])
         found, version, metadata = record["kind"], record["format"], record["metadata"]
     except (KeyError, TypeError, ValueError):
-        found = version = metadata = None
+        record, found, version, metadata = {}, None, None, None
     if found != kind or not isinstance(metadata, dict):
         raise ValueError(f"path: expected a file that fastforget wrote for a {kind}, got {path}; check the path")
     if version != FORMAT_VERSION:
@@ -336,7 +345,7 @@ def read_metadata(path: str | os.PathLike[str], *, kind: str) -> dict[str, Any]:
             f"path: expected a {kind} of format {FORMAT_VERSION}, got format {version!r} in {path}; use the version "
             "of fastforget that wrote it"
         )
-    return metadata
+    return record
 
 
 def _listed(names: Sequence[str]) -> str:

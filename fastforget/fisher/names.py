@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-__all__ = ["Fisher", "as_fisher", "canonical_name", "matching_names"]
+__all__ = ["Fisher", "NamedTensors", "as_fisher", "canonical_name", "matching_names"]
 
 # What torch.compile, FSDP, activation checkpointing and PEFT put into the path of the module that they wrap.
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "original_module"}
@@ -82,7 +82,29 @@ def _pattern_near(pattern: str, names: Iterable[str]) -> str:
     return " or ".join(map(repr, difflib.get_close_matches(pattern, of_all_layers, n=2, cutoff=0.0)))
 
 
-class Fisher(dict[str, Tensor]):
+class NamedTensors(dict[str, Tensor]):
+    """Tensors by canonical parameter name, and how they came about.
+
+    Args:
+        tensors: by name.
+        metadata: what a file or an estimator records.
+
+    Attributes:
+        metadata: the same.
+    """
+
+    metadata: dict[str, Any]
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ):
+        super().__init__(tensors)
+        self.metadata = dict(metadata or {})
+
+
+class Fisher(NamedTensors):
     """A diagonal Fisher: tensors by canonical parameter name, and how they came about.
 
     A lookup (`fisher[name]`, `in`, `get`) also takes the other names of a tied parameter, such as `lm_head.weight`,
@@ -91,16 +113,6 @@ class Fisher(dict[str, Tensor]):
     Attributes:
         metadata: what the file or the estimator records: model, convention, examples, tokens, aliases, ...
     """
-
-    metadata: dict[str, Any]
-
-    def __init__(
-        self,
-        diagonal: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] = (),
-        metadata: Mapping[str, Any] | None = None,
-    ):
-        super().__init__(diagonal)
-        self.metadata = dict(metadata or {})
 
     def stored_name(self, name: str) -> str | None:
         """The name under which a parameter's tensor is stored.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastforget.ops._dispatch import resolve
 from fastforget.ops._examples import accumulator
-from fastforget.ops._tensor_lists import Rule, check_lists, chunks, refuse_twice
+from fastforget.ops._tensor_lists import Rule, check_lists, chunks, refuse_impossible, refuse_twice
 
 __all__ = ["dampen_"]
 
@@ -108,11 +108,8 @@ def _check_values(fishers: dict[str, list[Tensor]], implementation: str) -> None
     names = [f"{name}[{i}]" for name, fisher in fishers.items() for i in range(len(fisher))]
     for name, tensor, count in zip(names, tensors, counts.tolist(), strict=True):
         if count:
-            low, high = (value.item() for value in tensor.aminmax())
-            raise ValueError(
-                f"{name}: expected finite numbers of at least 0, got {low} to {high}; a Fisher is a mean of squares, so see "
-                "where the others come from"
-            )
+            low, high = tensor.aminmax()
+            refuse_impossible(name, low.item(), high.item(), tensor.dtype)
 
 
 def _torch_dampen_(
@@ -132,10 +129,9 @@ def _torch_dampen_(
             one = ones = torch.ones_like(f) if ones is None else ones[: len(f)]
             factor = r * alpha
             chosen = torch.gt(f, factor, out=torch.empty_like(f))
-            counts[i] += chosen.sum().long()
+            counts[i] += chosen.sum().long()  # exact: a chunk has no more entries than float32 can count
             if write:
                 torch.lerp(one, r if lam == 1.0 else r * lam, chosen, out=factor)
                 factor.div_(torch.lerp(one, f, chosen, out=chosen)).clamp_(max=1.0)
-                param.mul_(
-                    factor.nan_to_num_(nan=1.0)
-                )  # of an F that is not finite, which is the caller's if not checked
+                # NaN is of an F that is not finite, which is the caller's if not checked.
+                param.mul_(factor.nan_to_num_(nan=1.0))

@@ -25,7 +25,7 @@ def row_keys(seed: int, row_ids: Tensor) -> Tensor:
         `[S]` int64.
     """
     step = 0x9E3779B97F4A7C15
-    start = int(_mix(torch.tensor(seed)))  # of the device there is nothing to wait for
+    start = int(_mix(torch.tensor(seed, device="cpu")))  # of the device there is nothing to wait for
     return _mix(row_ids * _signed(step, 64) + _signed(start + step, 64))
 
 

@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,12 +79,13 @@ class Steering:
             raise ValueError(
                 f"fisher_decay: expected a number from 0 to 1, got {self.fisher_decay}; F would grow forever"
             )
-        low, high = (math.nan if value is None else value for value in (self.min_fisher, self.max_fisher))
         for name, value in (("min_fisher", self.min_fisher), ("max_fisher", self.max_fisher)):
-            if value is not None and math.isnan(value):
-                raise ValueError(f"{name}: expected a number, got {value}")
-        if low >= high:
-            raise ValueError(f"min_fisher: expected less than max_fisher = {high}, got {low}; no entry would move")
+            if value is not None and (not isinstance(value, Real) or math.isnan(value)):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
+        if self.min_fisher is not None and self.max_fisher is not None and self.min_fisher >= self.max_fisher:
+            raise ValueError(
+                f"min_fisher: expected less than max_fisher = {self.max_fisher}, got {self.min_fisher}; no entry would move"
+            )
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,7 @@ def device_scalars(scalars: Sequence[Sequence[float]] | Tensor, update: Update) 
     if not isinstance(scalars, Tensor):
         if isinstance(soft, float):
             scalars = [[*row, soft] for row in scalars]
-        scalars = torch.tensor(scalars, dtype=torch.float32)
+        scalars = torch.tensor(scalars, dtype=torch.float32, device="cpu")
         scalars = (scalars.pin_memory() if device.type == "cuda" else scalars).to(device, non_blocking=True)
         if isinstance(soft, float):
             return scalars

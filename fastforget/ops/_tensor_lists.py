@@ -14,8 +14,11 @@ __all__ = [
     "check_lists",
     "chunk_elements",
     "chunks",
+    "dense",
     "is_dense",
+    "memory_order",
     "pack_bits",
+    "refuse_impossible",
     "refuse_twice",
     "same_order",
     "unpack_bits",
@@ -92,6 +95,25 @@ def refuse_twice(name: str, tensors: Sequence[Tensor]) -> None:
             raise ValueError(f"{name}[{i}]: expected every tensor once, got {name}[{places[tensor.data_ptr()]}] again")
 
 
+def refuse_impossible(name: str, low: float, high: float, dtype: torch.dtype) -> None:
+    """Refuse a Fisher by its least and its largest entry.
+
+    Args:
+        name: Of the Fisher.
+        low: The least entry, or NaN if there is one.
+        high: The largest, or NaN.
+        dtype: In which it is used.
+
+    Raises:
+        ValueError: An entry is negative or not finite, or is not any more in that dtype.
+    """
+    if not (low >= 0 and high <= torch.finfo(dtype).max):
+        raise ValueError(
+            f"{name}: expected finite values >= 0, got {low:.3g} to {high:.3g} for {str(dtype)[6:]}; a mean of squares is "
+            "neither negative nor infinite"
+        )
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one piece of memory, in some order of the dimensions."""
     if tensor.is_contiguous():
@@ -102,6 +124,31 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """A tensor that fills one piece of memory: itself, or a copy that lies as `torch.empty_like` of it does."""
+    return tensor if is_dense(tensor) else torch.empty_like(tensor).copy_(tensor)
+
+
+def memory_order(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor as they lie in memory.
+
+    Args:
+        tensor: Of any layout without gaps and overlaps.
+
+    Returns:
+        A flat view.
+
+    Raises:
+        ValueError: The tensor is not dense, so that the view would be of other memory.
+    """
+    if not is_dense(tensor):
+        raise ValueError(
+            f"tensor: expected a dense one, got strides {tensor.stride()} for shape {tuple(tensor.shape)}; copy it with "
+            "torch.empty_like(tensor).copy_(tensor)"
+        )
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def same_order(first: Tensor, second: Tensor) -> bool:
@@ -118,10 +165,10 @@ def chunk_elements(tensors: int) -> int:
         tensors: How many tensors a pass touches, scratch included.
 
     Returns:
-        2^18 float32 values, 1 MB, a thread and in all; at least the 2^15 elements that torch gives a thread. Whole bytes of
-        a mask with a bit an element.
+        2^18 float32 values, 1 MB, a thread and in all; at least the 2^15 elements that torch gives a thread, and at most the
+        2^24 that float32 can count. Whole bytes of a mask with a bit an element.
     """
-    return max(2**18 // tensors // 8 * 8, 2**15) * torch.get_num_threads()
+    return min(max(2**18 // tensors // 8 * 8, 2**15) * torch.get_num_threads(), 2**24)
 
 
 def chunks(tensors: Sequence[Tensor], scratch: int = 0) -> Iterator[tuple[Tensor, ...]]:
@@ -133,8 +180,15 @@ def chunks(tensors: Sequence[Tensor], scratch: int = 0) -> Iterator[tuple[Tensor
 
     Yields:
         A flat view of each.
+
+    Raises:
+        ValueError: One is not dense, or lies otherwise than the first.
     """
-    flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+    flat = [memory_order(tensors[0])]
+    for tensor in tensors[1:]:
+        if not same_order(tensors[0], tensor):
+            raise ValueError(f"tensors: expected strides {tensors[0].stride()} like the first's, got {tensor.stride()}")
+        flat.append(tensor.as_strided((tensor.numel(),), (1,)))
     size = chunk_elements(len(tensors) + scratch)
     if len(flat[0]) <= size:
         yield tuple(flat)  # a split takes as long as the arithmetic of a norm's few weights
@@ -150,8 +204,11 @@ def pack_bits(mask: Tensor) -> Tensor:
 
     Returns:
         uint8 `[ceil(n / 8)]`; bits after the last entry are 0.
+
+    Raises:
+        ValueError: The mask is not dense.
     """
-    flat = mask.as_strided((mask.numel(),), (1,))
+    flat = memory_order(mask)
     flat = flat.clone() if flat.storage_offset() % 8 else flat  # eight entries are read as one integer
     parts = [torch.nn.functional.pad(part, (0, -len(part) % 8)).view(torch.int64) for part in flat.split(2**20)]
     # Byte i of a word, 0 or 1, moves to bit 56 + i: the factor has bits 56 - 7 i, and no two products meet in a bit.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastforget.ops._dispatch import resolve
-from fastforget.ops._tensor_lists import Rule, check_lists, chunk_elements, pack_bits
+from fastforget.ops._tensor_lists import Rule, check_lists, chunk_elements, memory_order, pack_bits
 
 __all__ = ["TopK", "topk_threshold"]
 
@@ -56,10 +56,10 @@ class TopK(NamedTuple):
         mixed = 0 < limit < n and not tensor.is_contiguous()
         with torch.no_grad():
             if packed and not mixed:
-                bits = [pack_bits(part) for part in self._chosen(_memory_order(tensor), limit)]
+                bits = [pack_bits(part) for part in self._chosen(memory_order(tensor), limit)]
                 return torch.cat(bits) if bits else tensor.new_empty(0, dtype=torch.uint8)
             mask = torch.empty_like(tensor, dtype=torch.bool)
-            source, target = (tensor, mask) if mixed else (_memory_order(tensor), _memory_order(mask))
+            source, target = (tensor, mask) if mixed else (memory_order(tensor), memory_order(mask))
             for part, chosen in zip(_boxes(target), self._chosen(source, limit), strict=True):
                 part.copy_(chosen)
             return pack_bits(mask) if packed else mask
@@ -189,7 +189,7 @@ def _torch_count(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Count, Sequ
             yield kept.pop()
             return
         for tensor in tensors:
-            for part in _boxes(_memory_order(tensor)):
+            for part in _boxes(memory_order(tensor)):
                 yield (part.to(dtype) + 0.0).view(integer)  # -0.0 + 0.0 = 0.0
 
     def count(prefix: int, shift: int, width: int) -> list[int]:
@@ -217,7 +217,7 @@ def _torch_count(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Count, Sequ
 
 def _refuse_nan(tensors: Sequence[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
-        nans = sum(int(part.isnan().sum()) for part in _boxes(_memory_order(tensor)))
+        nans = sum(int(part.isnan().sum()) for part in _boxes(memory_order(tensor)))
         if nans:
             raise ValueError(f"tensors[{i}]: expected numbers, got {nans} NaN of {tensor.numel()}; NaN has no rank")
 
@@ -258,7 +258,3 @@ def _boxes(tensor: Tensor) -> Iterator[Tensor]:
     else:
         for row in tensor:
             yield from _boxes(row)
-
-
-def _memory_order(tensor: Tensor) -> Tensor:
-    return tensor.as_strided((tensor.numel(),), (1,))

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastforget._parameters import local, matched, matched_fisher, named
+from fastforget._parameters import local, matched, matched_fisher
 from fastforget.fisher.names import Fisher, as_fisher, canonical_name
 from fastforget.ops._examples import accumulator
 from fastforget.ops._tensor_lists import FLOATS, pack_bits, unpack_bits
 from fastforget.update.masks import as_mask
+from fastforget.update.penalty import anchor_tensors
 
 __all__ = ["INITIAL", "Given", "Sources", "fit", "sharded_like"]
 
@@ -59,7 +57,7 @@ class Sources:
         given = {"fisher": fisher, "anchor": anchor, "mask": mask}
         return Sources(
             None if fisher is None else as_fisher(fisher),
-            anchor if anchor is None or initial else _anchor_tensors(anchor),
+            anchor if anchor is None or initial else anchor_tensors(anchor),
             None if mask is None else as_mask(mask),
             frozenset(name for name, value in given.items() if not isinstance(value, Mapping | nn.Module)),
         )
@@ -180,38 +178,4 @@ def _fitted_anchors(
         elif value.data_ptr() == own.data_ptr() or (from_file and not value.is_cuda):
             value = value.clone()  # the parameter will move, and the file may be written anew
         result[name] = value
-    return result
-
-
-def _anchor_tensors(anchor: Any) -> Mapping[str, Tensor]:
-    if isinstance(anchor, str | os.PathLike):
-        return _read_weights(Path(os.fspath(anchor)).expanduser())
-    if isinstance(anchor, nn.Module):
-        return named(anchor, "anchor")
-    if isinstance(anchor, Mapping) and all(isinstance(value, Tensor) for value in anchor.values()):
-        return anchor
-    raise TypeError(
-        "anchor: expected a model, a mapping from parameter names to tensors, the path of a model's safetensors or "
-        f'"{INITIAL}", got {type(anchor).__name__}'
-    )
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a model's safetensors, mapped from the files."""
-    from safetensors import SafetensorError, safe_open
-
-    index, files = path / "model.safetensors.index.json", [path]
-    if path.is_dir():
-        files = [path / "model.safetensors"]
-    try:
-        if index.is_file():
-            files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        result: dict[str, Tensor] = {}
-        for name in files:
-            with safe_open(name, framework="pt") as file:
-                result |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(
-            f'anchor: expected a safetensors file, a folder with a saved model or "{INITIAL}", got {path}: {error}'
-        ) from error
     return result

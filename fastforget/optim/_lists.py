@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from fastforget.optim._given import Given
 if TYPE_CHECKING:
     from fastforget_kernels.tensor_lists import Table
 
-__all__ = ["Bucket", "Checked", "mean_fisher"]
+__all__ = ["Bucket", "Checked", "makes_states_only", "mean_fisher", "on_device"]
 
 STEP_BIT, SHARD_BIT = 20, 44  # of a key's number: below are the parameter's and, exact in float32, the step's
 
@@ -154,7 +154,7 @@ class Checked:
             bucket.check(update, implementation)
             steps = bucket.states.get("step")
             known = Checked(
-                layout, implementation, torch.tensor(bucket.numbers, device=steps[0].device if steps else None)
+                layout, implementation, torch.tensor(bucket.numbers, device=steps[0].device if steps else "cpu")
             )
         places += [grad.data_ptr() for grad in update.grads]
         if known.implementation == "triton" and known.places != places:
@@ -181,8 +181,23 @@ def mean_fisher(fishers: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
             groups.setdefault((value.device, placed), []).append(value)
     sums = [_sum(tensors, placed) for (_, placed), tensors in groups.items()]
     if not sums:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     return torch.stack([value.to(sums[0].device) for value in sums]).sum() / count
+
+
+def makes_states_only(buckets: Collection[Bucket]) -> bool:
+    """The step with lr = 0 and gradients of zeros by which torch.distributed.checkpoint has an optimizer make its states."""
+    rates = [bucket.group["lr"] for bucket in buckets]
+    still = not any((isinstance(lr, Tensor) and lr.device.type != "cpu") or bool(lr) for lr in rates)
+    return still and not any(bool(grad.any()) for bucket in buckets for grad in bucket.grads)
+
+
+def on_device(device: torch.device, steering: Steering) -> Steering:
+    """The same with the mean Fisher, if it is a tensor, where the parameters are."""
+    mean = steering.mean_fisher
+    if not isinstance(mean, Tensor) or mean.device == device:
+        return steering
+    return dataclasses.replace(steering, mean_fisher=mean.to(device))
 
 
 def _sum(tensors: list[Tensor], placed: Any) -> Tensor:

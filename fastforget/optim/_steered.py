@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,7 +17,8 @@ from fastforget.ops._examples import accumulator
 from fastforget.ops._steering import Steering, Update
 from fastforget.ops._tensor_lists import FLOATS, is_dense
 from fastforget.optim._given import INITIAL, Given, Sources, fit, sharded_like
-from fastforget.optim._lists import Bucket, Checked, mean_fisher
+from fastforget.optim._lists import Bucket, Checked, makes_states_only, mean_fisher, on_device
+from fastforget.optim._state import Loading, mark
 
 if TYPE_CHECKING:
     from fastforget_kernels.tensor_lists import Table
@@ -28,7 +29,7 @@ ADDITIONS = (
     "fisher", "fisher_decay", "anchor", "ewc_lambda", "mask", "min_fisher", "max_fisher", "soft_weight", "state_dtype",
     "stochastic_rounding", "seed", "impl",
 )  # fmt: skip
-MARK = "fastforget"  # entry of a state dict: the states that torch's optimizer has not
+DIFFERENTIABLE = "differentiable: expected False beside the options of fastforget, got True; leave it out"
 
 
 class Steered(torch.optim.Optimizer):
@@ -42,23 +43,18 @@ class Steered(torch.optim.Optimizer):
     def __init__(
         self, params: Any, *args: Any, fisher: Any = None, fisher_decay: float | None = None, anchor: Any = None,
         ewc_lambda: float | None = None, mask: Any = None, min_fisher: float | None = None, max_fisher: float | None = None,
-        soft_weight: float = 0.0, state_dtype: torch.dtype | None = None, stochastic_rounding: bool = False, seed: int = 0,
-        impl: str = "auto", **options: Any,
+        soft_weight: float | None = None, state_dtype: torch.dtype | None = None, stochastic_rounding: bool = False,
+        seed: int = 0, impl: str = "auto", **options: Any,
     ):  # fmt: skip
-        if anchor is not None and ewc_lambda is None:
-            raise ValueError("ewc_lambda: expected the strength of the pull to the anchor, got an anchor and None")
-        self._steering = Steering(
-            fisher_decay=fisher_decay,
-            ewc_lambda=0.0 if ewc_lambda is None else ewc_lambda,
-            min_fisher=min_fisher,
-            max_fisher=max_fisher,
-            soft_weight=soft_weight,
-        )
+        numbers = {"fisher_decay": fisher_decay, "ewc_lambda": ewc_lambda, "soft_weight": soft_weight}
+        numbers |= {"min_fisher": min_fisher, "max_fisher": max_fisher}
+        uses = {name: value for name, value in numbers.items() if value is not None}
+        self._steering = dataclasses.replace(Steering(), **uses)
         self._sources = Sources.read(fisher, anchor, mask)
         self._state_dtype, self._seed, self._impl = state_dtype, seed if stochastic_rounding else None, impl
-        self._check_options(seed)
+        self._check_options(uses, seed)
         self._given: list[list[Given]] = []
-        self._mean: float | None = None
+        self._mean: tuple[list[int], float] | None = None  # of a Fisher that stays, and the versions of its tensors
         self._known: dict[Any, Checked] = {}
         self._captured: list[Checked] = []
         if isinstance(params, nn.Module):
@@ -74,9 +70,16 @@ class Steered(torch.optim.Optimizer):
         steering, mask = self._steering, self._sources.mask
         return not steering.needs_fisher and mask is None and self._state_dtype is None and self._seed is None
 
-    def _check_options(self, seed: int) -> None:
+    def _check_options(self, uses: Mapping[str, float], seed: int) -> None:
         steering, sources = self._steering, self._sources
         steering.check_numbers()
+        if sources.fisher is not None and not uses:
+            raise ValueError(
+                "fisher: expected fisher_decay, ewc_lambda, min_fisher, max_fisher or soft_weight beside it, got none: it "
+                "would do nothing"
+            )
+        if sources.anchor is not None and "ewc_lambda" not in uses:
+            raise ValueError("ewc_lambda: expected the strength of the pull to the anchor, got an anchor and None")
         if steering.needs_fisher and sources.fisher is None and steering.fisher_decay is None:
             defaults = {"ewc_lambda": 0.0, "soft_weight": 0.0, "min_fisher": None, "max_fisher": None}
             needs = next(name for name, default in defaults.items() if getattr(steering, name) != default)
@@ -139,7 +142,7 @@ class Steered(torch.optim.Optimizer):
         if self._plain:
             return
         if group["differentiable"]:
-            raise ValueError("differentiable: expected False beside the options of fastforget, got True; leave it out")
+            raise ValueError(DIFFERENTIABLE)
         if parameter.dtype not in FLOATS:
             allowed = ", ".join(str(dtype)[6:] for dtype in FLOATS)
             raise TypeError(f"{name}: expected {allowed}, got {parameter.dtype}; use torch.optim for this parameter")
@@ -198,10 +201,12 @@ class Steered(torch.optim.Optimizer):
     def _steered_step(self) -> None:
         buckets, begun = self._gather()
         steering, ready = self._steering, []
+        if len(begun) == sum(len(bucket.params) for bucket in buckets.values()) and makes_states_only(buckets.values()):
+            steering = dataclasses.replace(steering, ewc_lambda=0.0, fisher_decay=steering.fisher_decay and 1.0)
         if buckets and steering.soft_weight:
             steering = dataclasses.replace(steering, mean_fisher=self._mean_fisher())
         for key, bucket in buckets.items():
-            update = bucket.update(_on(bucket.params[0].device, steering), self.STATES)
+            update = bucket.update(on_device(bucket.params[0].device, steering), self.STATES)
             self._known[key] = checked = Checked.of(bucket, update, self._impl, self._known.get(key))
             ready.append((bucket, update, checked))
         for parameter, state, given in begun:  # nothing is refused any more
@@ -235,6 +240,8 @@ class Steered(torch.optim.Optimizer):
         buckets: dict[Any, Bucket] = {}
         begun, number = [], 0
         for g, group in enumerate(self.param_groups):
+            if group["differentiable"]:
+                raise ValueError(DIFFERENTIABLE)
             names, keys = self._names(group), self._keys(group)
             for i, parameter in enumerate(group["params"]):
                 number += 1
@@ -301,24 +308,24 @@ class Steered(torch.optim.Optimizer):
                 yield group, i, parameter, value
 
     def _mean_fisher(self) -> Tensor | float:
-        """F's mean: a number if F stays."""
-        if self._mean is not None:
-            return self._mean
-        mean = mean_fisher((parameter, value) for _, _, parameter, value in self._fishers())
+        """F's mean: a number, known until somebody changes it, if F stays."""
+        fishers = [(parameter, value) for _, _, parameter, value in self._fishers()]
         if self._steering.fisher_decay is not None:
-            return mean
-        self._mean = float(mean)
-        return self._mean
+            return mean_fisher(fishers)
+        versions = [0 if value is None or value.is_inference() else value._version for _, value in fishers]
+        if self._mean is None or self._mean[0] != versions:
+            self._mean = versions, float(mean_fisher(fishers))
+        return self._mean[1]
 
     # State ------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch's optimizer has it; a Fisher or an anchor of its own adds a mark that torch's does not read.
+        """The state as torch's optimizer has it; a Fisher or an anchor of its own adds an entry that torch's does not read.
 
         Returns:
             The state.
         """
-        return super().state_dict() | ({MARK: self._own} if self._own else {})
+        return super().state_dict() | mark(self._own, *self._all_parameters())
 
     def load_state_dict(self, state_dict: Any) -> None:
         """Load the state of this optimizer, or of torch's.
@@ -333,53 +340,22 @@ class Steered(torch.optim.Optimizer):
         Raises:
             ValueError: A Fisher has to begin anew from `fisher=`, which has been added to since.
         """
-        states = (self.state.get(parameter, {}) for parameter in self._parameters())
-        before = [{key: state[key] for key in state.keys() & self._own} for state in states]
-        loaded: dict[str, Any] = {}
-
-        def keep(_: Any, final: Any) -> None:
-            loaded.update(final)
-            if MARK in final:
-                self._refuse_lost_fishers(final, before)
-
-        def restore(_: Any) -> None:
-            ids = itertools.chain.from_iterable(group["params"] for group in loaded["param_groups"])
-            given = itertools.chain.from_iterable(self._given)
-            for number, parameter, own, first in zip(ids, self._parameters(), before, given, strict=True):
-                state = loaded["state"].get(number, {})
-                first.drop(state.keys() & self._own)
-                for key in state.keys() & {*self.STATES, *self._own}:
-                    dtype = state[key].dtype if key == "anchor" else self._dtype(key, parameter)
-                    if dtype != parameter.dtype and state[key] is not None:  # or a buffer without a step
-                        self.state[parameter][key] = state[key].to(parameter.device, dtype)
-                if MARK in loaded and "fisher" not in state:
-                    own.pop("fisher", None)  # which had not begun when the state was saved
-                if own:
-                    self.state[parameter] = own | self.state[parameter]
-
+        loading = Loading(
+            self, *self._all_parameters(), self._own, [*self.STATES, *self._own], self._dtype,
+            self._sources.fisher is not None,
+        )  # fmt: skip
         # After all hooks that change what is loaded, and before those that see what was.
-        hooks = [self.register_load_state_dict_pre_hook(keep)]
-        hooks.append(self.register_load_state_dict_post_hook(restore, prepend=True))
+        hooks = [self.register_load_state_dict_pre_hook(loading.read)]
+        hooks.append(self.register_load_state_dict_post_hook(loading.restore, prepend=True))
         try:
             super().load_state_dict(state_dict)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _refuse_lost_fishers(self, final: Any, before: Sequence[dict[str, Any]]) -> None:
-        """Before anything is loaded: a Fisher that was given is not kept beside the one that accumulates from it."""
-        ids = itertools.chain.from_iterable(group["params"] for group in final["param_groups"])
-        given = itertools.chain.from_iterable(self._given)
-        for number, own, first in zip(ids, before, given, strict=False):
-            lost = "fisher" in own and "fisher" not in final["state"].get(number, {})
-            if lost and self._sources.fisher is not None and first.fisher is None:
-                raise ValueError(
-                    "state_dict: expected one with the Fisher of every parameter, got one from before it began to accumulate; "
-                    "make the optimizer anew with fisher=, then load"
-                )
-
-    def _parameters(self) -> Iterator[Tensor]:
-        return itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+    def _all_parameters(self) -> tuple[list[Tensor], list[Given]]:
+        chain = itertools.chain.from_iterable
+        return list(chain(group["params"] for group in self.param_groups)), list(chain(self._given))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_steering", "_state_dtype", "_seed", "_impl", "_given", "_mean")
@@ -416,10 +392,3 @@ class Steered(torch.optim.Optimizer):
             {"params": [pair for pair in pairs if pair[0] not in decaying], "weight_decay": 0.0},
         ]
         return cls([group for group in groups if group["params"]], **options)
-
-
-def _on(device: torch.device, steering: Steering) -> Steering:
-    mean = steering.mean_fisher
-    if not isinstance(mean, Tensor) or mean.device == device:
-        return steering
-    return dataclasses.replace(steering, mean_fisher=mean.to(device))

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastforget._parameters import named
+from fastforget._parameters import local, named
 from fastforget.fisher.names import canonical_name
 
-__all__ = ["adapter_delta", "adapter_folder", "held_tensors", "load_adapter", "without_adapters"]
+__all__ = [
+    "adapter_delta",
+    "adapter_folder",
+    "held_tensors",
+    "load_adapter",
+    "refuse_changed_base",
+    "without_adapters",
+]
 
 PLAIN_START = (
     True,
@@ -48,17 +55,19 @@ def adapter_folder(model: Any) -> Path | None:
     return folder if (folder / "adapter_config.json").is_file() else None
 
 
-def without_adapters(model: nn.Module) -> dict[str, Tensor]:
-    """A model's own parameters and persistent buffers, those that adapters train instead of others included.
+def without_adapters(model: nn.Module, *, trained: bool = True) -> dict[str, Tensor]:
+    """A model's own parameters and persistent buffers.
 
     Args:
         model: With adapters or without.
+        trained: Take the copies that adapters train, as of `modules_to_save`, instead of what they are copies of.
 
     Returns:
         By canonical name.
     """
     state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
-    return {name: tensor for name, tensor in named(state.items()).items() if ".lora_" not in f".{name}"}
+    kept = ((name, tensor) for name, tensor in state.items() if trained or ".modules_to_save." not in f".{name}")
+    return {name: tensor for name, tensor in named(kept).items() if ".lora_" not in f".{name}"}
 
 
 def held_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -169,18 +178,12 @@ def adapter_delta(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _deltas(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(canonical_name(name))
-    for path, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        module: Any = layer
+    for path, module in _layers(model):
         _check_layer(path, module)
-        name = canonical_name(f"{path}.{getattr(module, 'parameter_name', 'weight')}")
-        weight = module.get_param() if hasattr(module, "parameter_name") else module.get_base_layer().weight
+        name, weight = _adapted(path, module)
         also = names.get(id(weight), set()) - {name}
         if also:
             raise ValueError(
@@ -191,6 +194,58 @@ def _deltas(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             known = adapter in module.lora_A or adapter in module.lora_embedding_A
             if known and adapter not in module.merged_adapters:
                 yield name, module.get_delta_weight(adapter)
+
+
+def _adapted(path: str, module: Any) -> tuple[str, Tensor]:
+    """The weight of the base that a layer of adapters adapts, with its name."""
+    weight = module.get_param() if hasattr(module, "parameter_name") else module.get_base_layer().weight
+    return canonical_name(f"{path}.{getattr(module, 'parameter_name', 'weight')}"), weight
+
+
+def refuse_changed_base(model: nn.Module, base: Any) -> None:
+    """Refuse a base that is not as it was before the adapters: training them has changed it where it is.
+
+    Args:
+        model: One of PEFT's.
+        base: What it should be compared with; a checkpoint is never changed.
+
+    Raises:
+        ValueError: The base has merged adapters, or shares with the model what was trained.
+    """
+    tensors = without_adapters(base, trained=False) if isinstance(base, nn.Module) else base
+    held = (
+        [local(value) for value in tensors.values() if isinstance(value, Tensor)]
+        if isinstance(tensors, Mapping)
+        else []
+    )
+    places = {value.data_ptr() for value in held if value.numel() and not value.is_meta}
+    changed = [path for path, layer in _layers(base) if layer.merged_adapters] if isinstance(base, nn.Module) else []
+    changed += [name for name, tensor in _changed_in_place(model) if local(tensor).data_ptr() in places]
+    if changed:
+        raise ValueError(
+            f"base: expected it as it was before the adapters, got {canonical_name(changed[0])!r}, which was changed in place; "
+            "pass its checkpoint or an untouched copy"
+        )
+
+
+def _changed_in_place(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of its base that one of PEFT's models may have changed."""
+    configs = list(getattr(model, "peft_config", {}).values())
+    biases = any(getattr(config, "bias", "none") != "none" for config in configs)
+    residual = any(getattr(config, "init_lora_weights", True) not in PLAIN_START for config in configs)
+    for path, layer in _layers(model):
+        if residual or layer.merged_adapters:
+            yield _adapted(path, layer)
+    for name, tensor in without_adapters(model).items():
+        if tensor.requires_grad or (biases and name.endswith("bias")):
+            yield name, tensor
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers of adapters, with their paths."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
 
 
 def _check_layer(path: str, module: Any) -> None:

@@ -13,9 +13,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from fastforget._parameters import local, matched, matched_fisher, named
 from fastforget.fisher.names import Fisher
 from fastforget.ops import dampen_
+from fastforget.ops._tensor_lists import FLOATS, is_dense
 from fastforget.update.changes import Changes
-from fastforget.update.checkpoints import open_source, write_checkpoint
+from fastforget.update.checkpoints import open_source
 from fastforget.update.merging import open_fishers
+from fastforget.update.writing import write_checkpoint
 
 __all__ = ["dampen_checkpoint", "selective_dampening_"]
 
@@ -45,8 +47,9 @@ def selective_dampening_(
 
     Raises:
         TypeError: A Fisher is none, or a dtype is not floating-point.
-        ValueError: The names of the Fishers differ, or are not all the model's; shapes or devices do not fit; a factor or an
-            entry of a Fisher is negative or not finite. Nothing was written then.
+        ValueError: The names of the Fishers differ, or are not all the model's; shapes or devices do not fit; a parameter is
+            not dense or shares memory with another; a factor or an entry of a Fisher is negative or not finite. Nothing was
+            written then.
 
     References:
         Foster, Schoepf and Brintrup, arXiv 2308.07707.
@@ -102,19 +105,35 @@ def _check(values: Mapping[str, Mapping[str, Tensor]], targets: Mapping[str, Ten
     # Every process goes through all tensors, and all learn of a wrong entry in one of the shards: none is left waiting.
     problem: ValueError | TypeError | None = None
     failed = dict.fromkeys(targets, 0)
-    for label, fisher in values.items():
-        for name, parameter in targets.items():
-            try:
+    places: dict[int, str] = {}
+    for name, parameter in targets.items():
+        try:
+            _check_writable(name, local(parameter), places)
+            for label, fisher in values.items():
                 matched_fisher(_some(fisher, [name]), {name: parameter}, label, move=move[label])
-            except (ValueError, TypeError) as error:
-                problem = problem or error
-                failed[name] = 1
+        except (ValueError, TypeError) as error:
+            problem = problem or error
+            failed[name] = 1
     elsewhere = [name for name, count in _over_shards(failed, targets).items() if count]
     if problem is not None:
         raise problem
     if elsewhere:
         raise ValueError(
             f"forget, retain: expected finite values >= 0, got others for {elsewhere[0]!r} in another process"
+        )
+
+
+def _check_writable(name: str, shard: Tensor, places: dict[int, str]) -> None:
+    if shard.dtype not in FLOATS:
+        raise TypeError(f"model: expected floating-point parameters of 16 bits or more, got {shard.dtype} for {name!r}")
+    if not is_dense(shard):
+        raise ValueError(
+            f"model: expected dense parameters, got strides {shard.stride()} for shape {tuple(shard.shape)} of {name!r}; "
+            "make it of a contiguous tensor"
+        )
+    if shard.numel() and places.setdefault(shard.data_ptr(), name) != name:
+        raise ValueError(
+            f"model: expected every parameter's own memory, got that of {places[shard.data_ptr()]!r} for {name!r}; tie them"
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +12,14 @@ from torch import Tensor, nn
 
 from fastforget._parameters import local, matched, named
 from fastforget.fisher.files import check_path, read_tensors, write_tensors
+from fastforget.fisher.names import NamedTensors
 from fastforget.ops._tensor_lists import FLOATS
 from fastforget.update.adapters import (
     adapter_delta,
     adapter_folder,
     held_tensors,
     load_adapter,
+    refuse_changed_base,
     without_adapters,
 )
 from fastforget.update.checkpoints import Source, open_source, tensor_source
@@ -45,13 +46,21 @@ def parameter_delta(tuned: Any, base: Any) -> dict[str, Tensor]:
 
     Raises:
         TypeError: One is none of these.
-        ValueError: Names or shapes differ, integer tensors differ, or an adapter is not supported.
+        ValueError: Names or shapes differ, integer tensors differ, an adapter is not supported, or the base was changed where
+            it is: it has merged adapters, or shares with `tuned` what was trained.
     """
     folder = adapter_folder(tuned)
     if folder is None and not getattr(tuned, "peft_config", None):
+        if tuned is base and isinstance(base, nn.Module):
+            raise ValueError(
+                "base: expected another model than tuned, got the same, changed in place; pass its checkpoint or an untouched "
+                "copy"
+            )
         return _differences(open_source(tuned, "tuned", _names(base)), base)
     adapted = tuned if folder is None else load_adapter(folder, base)
     added = adapter_delta(adapted)
+    if folder is None:
+        refuse_changed_base(adapted, base)
     whole = tensor_source((without_adapters(adapted) if folder is None else held_tensors(adapted)).items(), "tuned")
     differences = _differences(whole, base, subset=folder is not None) if whole.like else {}
     result = {name: value for name, value in differences.items() if bool(value.any())}
@@ -64,7 +73,7 @@ def _names(model: Any) -> list[str]:
 
 def _differences(tuned: Source, base: Any, *, subset: bool = False) -> dict[str, Tensor]:
     if isinstance(base, nn.Module):  # an adapter around it does not count
-        other = tensor_source(without_adapters(base).items(), "base")
+        other = tensor_source(without_adapters(base, trained=False).items(), "base")
     else:
         other = open_source(base, "base", tuned.like)
     tuned.tie(other.aliases)
@@ -105,8 +114,8 @@ def add_delta_(model: nn.Module, delta: Any, scale: float = 1.0) -> None:
 
     Raises:
         TypeError: The model is no module, or a dtype is not floating-point.
-        ValueError: A name is not the model's, shapes or devices do not fit, or the scale is not finite. Nothing was written
-            then.
+        ValueError: A name is not the model's, shapes or devices do not fit, entries of a tensor share memory, or the scale is
+            not finite. Nothing was written then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -119,8 +128,16 @@ def add_delta_(model: nn.Module, delta: Any, scale: float = 1.0) -> None:
     for name, value in given.items():
         if name not in state:
             raise ValueError(f"delta: expected names of the model's tensors, got {name!r}; pass a delta of this model")
-        if not state[name].is_floating_point():
-            raise TypeError(f"delta[{name!r}]: expected a floating-point tensor of the model, got {state[name].dtype}")
+        own = local(state[name])
+        if own.dtype not in FLOATS:
+            raise TypeError(
+                f"delta[{name!r}]: expected a floating-point tensor of the model, of 16 bits or more, got {own.dtype}"
+            )
+        if any(n > 1 and stride == 0 for n, stride in zip(own.shape, own.stride(), strict=True)):
+            raise ValueError(
+                f"delta[{name!r}]: expected a tensor of the model whose entries have memory of their own, got one with strides "
+                f"{own.stride()}; make it of a contiguous tensor"
+            )
         if places.setdefault(id(state[name]), name) != name:
             raise ValueError(
                 f"delta: expected one tensor a parameter, got {name!r}, tied to {places[id(state[name])]!r}"
@@ -154,16 +171,16 @@ def save_delta(
     write_tensors(check_path(path), named(_items(delta), "delta"), metadata or {}, kind=KIND)
 
 
-def load_delta(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def load_delta(path: str | os.PathLike[str]) -> NamedTensors:
     """Read a delta that `save_delta` wrote.
 
     Args:
         path: The file.
 
     Returns:
-        Tensors by canonical name, mapped from the file.
+        Tensors by canonical name, mapped from the file, with `.metadata`.
 
     Raises:
         ValueError: It is no such file, or is damaged.
     """
-    return read_tensors(Path(path), kind=KIND)[0]
+    return NamedTensors(*read_tensors(path, kind=KIND))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastforget._parameters import check_fisher_values, local, matched, named
-from fastforget.fisher.files import read_tensors, write_tensors
-from fastforget.fisher.names import as_fisher, canonical_name
+from fastforget.fisher.files import check_path, read_tensors, write_tensors
+from fastforget.fisher.names import NamedTensors, as_fisher, canonical_name
 from fastforget.ops import topk_threshold
-from fastforget.ops._tensor_lists import pack_bits, unpack_bits
+from fastforget.ops._tensor_lists import FLOATS, dense, pack_bits, unpack_bits
 
 __all__ = ["MaskedUpdates", "as_mask", "load_mask", "mask_updates", "save_mask", "trainable_mask"]
 
 KIND = "parameter mask"
+OWN_KEYS = ("shapes", "entries", "free")  # of a file's metadata
 
 
 def trainable_mask(
@@ -43,8 +43,9 @@ def trainable_mask(
         Boolean tensors by canonical parameter name, True = may move.
 
     Raises:
-        TypeError: The Fisher is none.
-        ValueError: A fraction is out of range, not just one of the two is given, or a value is negative or not finite.
+        TypeError: The Fisher is none, or a dtype is not floating-point.
+        ValueError: A fraction is out of range, not just one of the two is given, the Fisher is empty or sharded, or a value is
+            negative or not finite.
 
     References:
         Sung, Nair and Raffel, "Training Neural Networks with Fixed Sparse Masks", arXiv 2111.09839 (FISH mask).
@@ -52,24 +53,38 @@ def trainable_mask(
     if (top is None) == (bottom is None):
         raise ValueError(f"top: expected one of top= and bottom=, got top={top} and bottom={bottom}")
     name, fraction = ("top", top) if bottom is None else ("bottom", bottom)
-    if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise ValueError(f"{name}: expected a fraction in (0, 1], got {fraction}")
     if scope not in ("global", "tensor"):
         raise ValueError(f"scope: expected 'global' or 'tensor', got {scope!r}")
-    found = as_fisher(fisher)
-    check_fisher_values(found)
-    sharded = [name for name, value in found.items() if local(value) is not value]
-    if sharded:
-        raise ValueError(
-            f"fisher[{sharded[0]!r}]: expected a whole tensor, got a sharded one; save the Fisher and pass the file's path"
-        )
+    found = _whole_fisher(fisher)
     groups = [list(found)] if scope == "global" else [[name] for name in found]
     mask: dict[str, Tensor] = {}
     for names in groups:
         tensors = [found[name] for name in names]
+        if not any(tensor.numel() for tensor in tensors):
+            mask[names[0]] = torch.empty_like(tensors[0], dtype=torch.bool)
+            continue
         chosen = topk_threshold(tensors, fraction, largest=bottom is None, impl=impl)
         mask |= {name: chosen.mask(tensor, i) for i, (name, tensor) in enumerate(zip(names, tensors, strict=True))}
     return mask
+
+
+def _whole_fisher(fisher: Any) -> dict[str, Tensor]:
+    found = as_fisher(fisher)
+    for name, value in found.items():
+        if local(value) is not value:
+            raise ValueError(
+                f"fisher[{name!r}]: expected a whole tensor, got a sharded one; save the Fisher and pass the file's path"
+            )
+        if value.dtype not in FLOATS:
+            raise TypeError(
+                f"fisher[{name!r}]: expected float32, bfloat16, float16 or float64, got {value.dtype}; cast it with .to()"
+            )
+    if not any(value.numel() for value in found.values()):
+        raise ValueError("fisher: expected at least one entry, got none")
+    check_fisher_values(found)
+    return {name: dense(value.detach()) for name, value in found.items()}
 
 
 def as_mask(mask: Any) -> dict[str, Tensor]:
@@ -114,31 +129,47 @@ def save_mask(
 
     Raises:
         TypeError: Something else than a boolean tensor is in the mask.
-        ValueError: The path cannot be written to.
+        ValueError: The path cannot be written to, or the metadata have a key of the file's own.
     """
-    checked = as_mask(mask)
+    path, checked = check_path(path), as_mask(mask)
+    taken = [key for key in OWN_KEYS if key in (metadata or {})]
+    if taken:
+        raise ValueError(f"metadata: expected other keys than {', '.join(OWN_KEYS)}, got {taken[0]!r}; rename it")
     shapes = {name: list(value.shape) for name, value in checked.items()}
     free = sum(int(value.sum()) for value in checked.values())
-    record = {**(metadata or {}), "shapes": shapes, "entries": sum(v.numel() for v in checked.values()), "free": free}
+    own = {"shapes": shapes, "entries": sum(value.numel() for value in checked.values()), "free": free}
     packed = {name: pack_bits(value.contiguous()) for name, value in checked.items()}
-    write_tensors(Path(path), packed, record, kind=KIND)
+    write_tensors(path, packed, {**(metadata or {}), **own}, kind=KIND)
 
 
-def load_mask(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def load_mask(path: str | os.PathLike[str]) -> NamedTensors:
     """Read a mask that `save_mask` wrote.
 
     Args:
         path: The file.
 
     Returns:
-        Boolean tensors by canonical name, on the CPU.
+        Boolean tensors by canonical name, on the CPU, with `.metadata`.
 
     Raises:
         ValueError: It is no such file, or is damaged.
     """
     packed, metadata = read_tensors(path, kind=KIND)
-    shapes = metadata["shapes"]
-    return {name: unpack_bits(bits, math.prod(shapes[name])).view(shapes[name]) for name, bits in packed.items()}
+    shapes = metadata.get("shapes", {})
+    odd = [name for name in {**packed, **shapes} if not _packs(packed.get(name), shapes.get(name))]
+    if odd:
+        raise ValueError(
+            f"path: expected eight entries of {odd[0]!r} a byte, got others in {path}; make the mask again"
+        )
+    mask = {name: unpack_bits(bits, math.prod(shapes[name])).view(shapes[name]) for name, bits in packed.items()}
+    return NamedTensors(mask, {key: value for key, value in metadata.items() if key not in OWN_KEYS})
+
+
+def _packs(bits: Tensor | None, shape: list[int] | None) -> bool:
+    """Whether a file's tensor is a mask of a shape."""
+    if bits is None or shape is None or bits.dtype != torch.uint8:
+        return False
+    return bits.shape == (-(-math.prod(shape) // 8),)
 
 
 def mask_updates(optimizer: Optimizer, mask: Any, model: nn.Module) -> MaskedUpdates:
@@ -208,17 +239,19 @@ class MaskedUpdates:
                 "optimizer: expected the parameters that it had when mask_updates was called, got others; call remove() and "
                 "mask_updates again"
             )
+        self._masks = [(parameter, mask.to(local(parameter).device)) for parameter, mask in self._masks]
         self._before = [local(parameter).detach().clone() for parameter, _ in self._masks]
 
     @torch.no_grad()
     def _put_back(self, *_: Any) -> None:
         for (parameter, mask), before in zip(self._masks if self._before else (), self._before, strict=True):
             shard = local(parameter).detach()
-            torch.where(mask, shard, before, out=shard)
+            torch.where(mask.to(shard.device), shard, before.to(shard), out=shard)
         self._before = []
 
     def remove(self) -> None:
-        """The optimizer moves everything again."""
+        """The optimizer moves everything again, from its next step on."""
+        self._put_back()  # what a step that raised has left
         for hook in self._hooks:
             hook.remove()
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from fastforget._parameters import matched, matched_fisher
 from fastforget.fisher.names import Fisher, as_fisher
 from fastforget.ops import fisher_merge_
-from fastforget.ops._tensor_lists import FLOATS, is_dense
+from fastforget.ops._examples import accumulator
+from fastforget.ops._tensor_lists import FLOATS, dense
 from fastforget.update.changes import Changes
-from fastforget.update.checkpoints import Source, advancing, open_source, write_checkpoint
+from fastforget.update.checkpoints import Source, open_source
+from fastforget.update.writing import advancing, write_checkpoint
 
 __all__ = ["fisher_merge", "open_fishers"]
 
@@ -194,8 +196,7 @@ def _check(parts: Parts) -> None:
 
 
 def _merged(parts: Parts, weights: Sequence[float], floor: float, name: str) -> Tensor:
-    first = parts[0][0].read(name)
-    first = first if is_dense(first) else first.contiguous()
+    first = dense(parts[0][0].read(name))
     like = {name: first}
     tensors = [first]
     for source, _ in parts[1:]:
@@ -213,8 +214,7 @@ def _merged(parts: Parts, weights: Sequence[float], floor: float, name: str) -> 
             matched_fisher(fisher, like, f"fishers[{j}]", move=True)[name] for j, (_, fisher) in enumerate(parts)
         ]
     else:
-        wide = torch.float64 if first.dtype == torch.float64 else torch.float32
-        fishers = [torch.ones_like(first, dtype=wide)] * len(parts)
+        fishers = [torch.ones_like(first, dtype=accumulator(first.dtype))] * len(parts)
     result = torch.empty_like(first)
     fisher_merge_([result], [[tensor] for tensor in tensors], [[fisher] for fisher in fishers], weights, floor=floor)
     return result

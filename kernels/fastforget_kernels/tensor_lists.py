@@ -79,7 +79,7 @@ def tables(*lists: Sequence[Tensor], chunk: int = CHUNK) -> list[Table]:
     for (dtypes, aligned), rows in groups.items():
         members, sizes, *addresses = zip(*rows, strict=True)
         first = [0, *itertools.accumulate(cdiv(size, chunk) for size in sizes)]
-        host = torch.tensor([first[:-1], sizes, *addresses, members], dtype=torch.int64)
+        host = torch.tensor([first[:-1], sizes, *addresses, members], dtype=torch.int64, device="cpu")
         device = lists[0][members[0]].device
         if device.type == "cuda":
             host = host.pin_memory()
