@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fastforget.fisher.rules import fisher_rule
     from fastforget.matrix import ForgettingMatrix, forgetting_matrix
     from fastforget.perplexity import log_perplexity
-    from fastforget.prediction import ForgettingPredictor, example_representations
+    from fastforget.prediction import ForgettingPredictor, analyse, example_representations
     from fastforget.update.dampening import selective_dampening_
     from fastforget.update.deltas import add_delta_, load_delta, parameter_delta, save_delta
     from fastforget.update.masks import load_mask, mask_updates, save_mask, trainable_mask
@@ -27,6 +27,7 @@ __all__ = [
     "ForgettingMatrix",
     "ForgettingPredictor",
     "add_delta_",
+    "analyse",
     "combine_fishers",
     "ewc_penalty",
     "example_representations",
@@ -58,6 +59,7 @@ _HOME = {
     "forgetting_matrix": "fastforget.matrix",
     "log_perplexity": "fastforget.perplexity",
     "ForgettingPredictor": "fastforget.prediction",
+    "analyse": "fastforget.prediction",
     "example_representations": "fastforget.prediction",
     "ewc_penalty": "fastforget.update.penalty",
     "add_delta_": "fastforget.update.deltas",

@@ -75,8 +75,8 @@ def test_each_choice_takes_away_most_of_the_variance():
 def test_factors_are_found():
     predictor = fitted("robust", KNOWN)
     error = predictor.predict(SEEN, NEW[SEEN]) - NEW
-    assert root(error) < 0.2  # the noise is 0.1
-    assert root(fitted("additive", KNOWN).predict(SEEN, NEW[SEEN]) - NEW) > 1.0
+    assert root(error) < 0.15  # the noise is 0.1
+    assert root(fitted("additive", KNOWN).predict(SEEN, NEW[SEEN]) - NEW) > 0.4
     assert np.array_equal(predictor.predict(SEEN, NEW[SEEN])[SEEN], NEW[SEEN])
 
 
@@ -95,8 +95,8 @@ def test_outliers_are_withstood():
     robust = fitted("robust", wrong).predict(SEEN, seen) - NEW
     clean = fitted("robust", KNOWN).predict(SEEN, NEW[SEEN]) - NEW
     hidden = np.setdiff1d(np.arange(400), SEEN)
-    assert root(robust[hidden]) < 2 * root(clean[hidden])
-    assert root(plain[hidden]) > 4 * root(robust[hidden])
+    assert root(robust[hidden]) < 1.1 * root(clean[hidden])
+    assert root(plain[hidden]) > 10 * root(robust[hidden])
 
 
 def test_unknown_entries_are_no_zeros():

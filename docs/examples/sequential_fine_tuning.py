@@ -162,6 +162,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
     colors = dict(zip(STRENGTHS, ["#555555", "#0072b2", "#d55e00", "#009e73"], strict=True))
+    styles = dict.fromkeys(STRENGTHS, "-") | {"EWC, squared batch mean": (0, (3, 3))}  # on that of the exact Fisher
     seeds = list(record["seeds"].values())
     for axis, domain in zip(axes[:2], ("prose", "code"), strict=True):
         for method, strength in SHOWN.items():
@@ -174,7 +175,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
                 ]
             )
             x = torch.arange(curves.shape[1]) * record["steps"]["every"]
-            axis.plot(x, curves.mean(0), color=colors[method], label=method)
+            axis.plot(x, curves.mean(0), color=colors[method], ls=styles[method], label=method)
             axis.fill_between(x, curves.amin(0), curves.amax(0), color=colors[method], alpha=0.15, lw=0)
         axis.set(
             xlabel="steps on code",
@@ -187,13 +188,23 @@ def draw(record: dict[str, Any], path: Path) -> None:
         mean = [[statistics.fmean(values) for values in axis] for axis in points]
         spread = [[deviation(values) for values in axis] for axis in points]
         axes[2].errorbar(
-            *mean, xerr=spread[0], yerr=spread[1], color=colors[method], marker="o", ms=4, lw=1, label=method
+            *mean,
+            xerr=spread[0],
+            yerr=spread[1],
+            color=colors[method],
+            ls=styles[method],
+            marker="o",
+            ms=4,
+            lw=1,
+            label=method,
         )
     path_of_ssd = [
         [statistics.fmean(seed["dampened"][i][d] for seed in seeds) for i in range(len(ALPHAS))]
         for d in ("code", "prose")
     ]
-    axes[2].plot(*path_of_ssd, color="#cc79a7", marker="s", ms=4, lw=1, ls=":", label="AdamW, then SSD of the code")
+    axes[2].plot(
+        *path_of_ssd, color="#cc79a7", marker="s", ms=4, lw=1, ls=":", label="then SSD of the code (to go right)"
+    )
     base = [statistics.fmean(seed["base"][domain] for seed in seeds) for domain in ("code", "prose")]
     axes[2].plot(*base, color="black", marker="*", ms=9, ls="", label="before")
     axes[2].set(
@@ -201,7 +212,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         ylabel="prose: log-perplexity at the end",
         title="every strength (down and left is better)",
     )
-    axes[2].legend(frameon=False)
+    axes[2].legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=130)
 
 
@@ -214,6 +225,26 @@ def ends(record: dict[str, Any], method: str, strength: float, domain: str) -> l
     """The last value of every seed."""
     runs = [run for seed in record["seeds"].values() for run in seed["runs"]]
     return [run["curve"][-1][domain] for run in runs if (run["method"], run["strength"]) == (method, strength)]
+
+
+def table(record: dict[str, Any]) -> str:
+    """Where every run ends, in Markdown: mean and standard deviation over the seeds."""
+    lines = ["| | strength | prose, learnt first | code, learnt second |", "|---|---:|---:|---:|"]
+    seeds = list(record["seeds"].values())
+    rows = [("before", None, [seed["base"] for seed in seeds])]
+    for method, strengths in record["methods"].items():
+        for strength in strengths:
+            values = [ends(record, method, strength, domain) for domain in ("prose", "code")]
+            rows.append(
+                (method, strength, [dict(zip(("prose", "code"), v, strict=True)) for v in zip(*values, strict=True)])
+            )
+    for i, alpha in enumerate(ALPHAS):
+        rows.append(("AdamW, then SSD of the code", alpha, [seed["dampened"][i] for seed in seeds]))
+    for method, strength, points in rows:
+        values = ([point[domain] for point in points] for domain in ("prose", "code"))
+        cells = (f"{statistics.fmean(v):.2f} +- {deviation(v):.2f}" for v in values)
+        lines.append(f"| {method} | {'' if strength is None else f'{strength:g}'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -252,11 +283,7 @@ def main() -> None:
         unfinished.replace(path)
         print(f"seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
     draw(record, given.out.with_suffix(".png"))
-    for method, strengths in methods.items():
-        for strength in strengths:
-            values = {domain: ends(record, method, strength, domain) for domain in ("prose", "code")}
-            shown = (f"{d} {statistics.fmean(v):.3f} +- {deviation(v):.3f}" for d, v in values.items())
-            print(f"{method:26} {strength:8g}  {'   '.join(shown)}")
+    print(table(record))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Analysis", "analyse"]
 
 FILLS = 30  # rounds at most in which unknown entries are filled
+IN_SAMPLE = 0.005  # penalty of a factorisation that describes a matrix, instead of predicting a new row
 ENOUGH = 20  # answers that the base gives right, of which a factorisation of exact matches is worth something
 
 
@@ -193,7 +194,7 @@ def _exact_f1(exact: np.ndarray | None, rank: int) -> list[float] | None:
     known = np.isfinite(exact)
     forgotten, result = exact[known] == 1, []
     for r in range(1, rank + 1):
-        predicted = LogisticFactors(exact, rank=r).probabilities()[known] >= 0.5
+        predicted = LogisticFactors(exact, rank=r, penalty=IN_SAMPLE).probabilities()[known] >= 0.5
         hits = int((predicted & forgotten).sum())
         result.append(2 * hits / max(int(predicted.sum()) + int(forgotten.sum()), 1))
     return result

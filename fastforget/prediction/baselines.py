@@ -142,7 +142,7 @@ class BiasedFactors(_Predictor):
         scale: Standard deviation of the known entries.
     """
 
-    def __init__(self, values: np.ndarray, rank: int = 5, penalty: float = 0.05, sweeps: int = 40) -> None:
+    def __init__(self, values: np.ndarray, rank: int = 5, penalty: float = 0.05, sweeps: int = 20) -> None:
         values, known = _matrix(values)
         super().__init__(values.shape[1])
         _positive(penalty=penalty)
@@ -211,9 +211,17 @@ class LogisticFactors(_Predictor):
 
     def _stepped(self, start: np.ndarray, values: np.ndarray, known: np.ndarray, others: np.ndarray) -> np.ndarray:
         """`[I, 1 + r]` one side of `values` `[I, J]` after a Newton step from `start`, given the other side `[J, 1 + r]`."""
-        penalties = np.maximum(known.sum(1), 1)[:, None] * np.full(start.shape[1], self.penalty)
+        features, size = _with_one(others), start.shape[1]
+        penalties = np.maximum(known.sum(1), 1)[:, None] * np.full(size, self.penalty)  # [I, 1 + r]
         penalties[:, 0] = self.bias_penalty
-        return _newton(start, values, known, self.mean + others[:, 0], _with_one(others), penalties)
+        chances = _sigmoid(self.mean + others[:, 0] + start @ features.T)  # [I, J]
+        gradient = np.where(known, chances - values, 0.0) @ features + penalties * start
+        curvature = (np.where(known, chances * (1 - chances), 0.0) @ _outer(features)).reshape(-1, size, size)
+        step = np.linalg.solve(curvature + penalties[:, :, None] * np.eye(size), gradient[:, :, None])[:, :, 0]
+        # Along a step the curvature changes at most by the factor e^m, m the largest change of a logit: log(1 + m) / m of
+        # the step never increases the loss, and is nearly the whole step near the minimum.
+        reach = np.where(known, np.abs(step @ features.T), 0.0).max(1, initial=1e-12, keepdims=True)
+        return start - step * (np.log1p(reach) / reach)
 
     def _row(self, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
         _binary(values)
@@ -267,16 +275,13 @@ class Similarity(_Predictor):
         prediction, errors = self.mean.copy(), values - self.mean[columns]
         for start in range(0, len(prediction) if len(columns) else 0, self.BLOCK):
             block = slice(start, start + self.BLOCK)
-            prediction[block] += self._weights(block, columns, self.temperature) @ errors
+            prediction[block] += _softmax(self._cosine(block, columns) / self.temperature) @ errors
         return prediction
 
-    def _weights(self, examples: np.ndarray | slice, columns: np.ndarray, temperature: float) -> np.ndarray:
-        """`[E, S]` w of the revealed columns for E examples."""
+    def _cosine(self, examples: np.ndarray | slice, columns: np.ndarray) -> np.ndarray:
+        """`[E, S]` of E examples and the revealed ones."""
         revealed = self._representations[columns] / self._norms[columns]
-        cosine = self._representations[examples] @ revealed.T / self._norms[examples]
-        logits = cosine.astype(np.float64) / temperature
-        weights = np.exp(logits - logits.max(1, keepdims=True))
-        return weights / weights.sum(1, keepdims=True)
+        return (self._representations[examples] @ revealed.T / self._norms[examples]).astype(np.float64)
 
     def _errors(self, values: np.ndarray, known: np.ndarray, seed: int) -> np.ndarray:
         """Sums of squared errors at `TEMPERATURES` over the known tasks, each predicted with the mean of the others."""
@@ -284,10 +289,11 @@ class Similarity(_Predictor):
         count, errors = min(30, len(columns) // 2), np.zeros(len(self.TEMPERATURES))
         values, known = values[:, columns], known[:, columns]
         filled, others = np.where(known, values, 0.0), known.sum(0) - known  # others: tasks but the row's own
-        means = np.where(others, (filled.sum(0) - filled) / np.maximum(others, 1), values[known].mean())
+        means = np.where(others, (filled.sum(0) - filled) / np.maximum(others, 1), self.mean[columns])
         away = np.where(known, values - means, 0.0)  # [M, count + E]
+        cosine = self._cosine(columns[count:], columns[:count])
         for index, temperature in enumerate(self.TEMPERATURES if count else ()):
-            weights = self._weights(columns[count:], columns[:count], temperature)
+            weights = _softmax(cosine / temperature)
             total = known[:, :count] @ weights.T
             moved = away[:, :count] @ weights.T / np.where(total > 0, total, 1.0)
             errors[index] = np.square((away[:, count:] - moved)[known[:, count:]]).sum()
@@ -356,7 +362,7 @@ def _balanced(residuals: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]
 
 def _outer(features: np.ndarray) -> np.ndarray:
     """`[J, K * K]` products of the features of each of J."""
-    return np.einsum("jk,jl->jkl", features, features).reshape(len(features), -1)
+    return np.einsum("jk,jl->jkl", features, features).reshape(len(features), features.shape[1] ** 2)
 
 
 def _ridge(values: np.ndarray, known: np.ndarray, features: np.ndarray, penalty: float) -> np.ndarray:
@@ -373,21 +379,7 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * np.tanh(0.5 * logits)
 
 
-def _newton(
-    start: np.ndarray,
-    values: np.ndarray,
-    known: np.ndarray,
-    fixed: np.ndarray,
-    features: np.ndarray,
-    penalties: np.ndarray,
-) -> np.ndarray:
-    """`[I, K]` x_i one damped step on: `sum_j -log P(values_ij | fixed_j + features_j . x_i) + penalties_i . x_i^2 / 2`."""
-    # Along a step the curvature changes at most by the factor e^m, m the largest change of a logit: log(1 + m) / m of the
-    # step never increases the loss, and is nearly the whole step near the minimum.
-    chances = _sigmoid(fixed + start @ features.T)  # [I, J]
-    gradient = np.where(known, chances - values, 0.0) @ features + penalties * start
-    curvature = (np.where(known, chances * (1 - chances), 0.0) @ _outer(features)).reshape(*start.shape, -1)
-    curvature += penalties[:, :, None] * np.eye(start.shape[1])
-    step = np.linalg.solve(curvature, gradient[:, :, None])[:, :, 0]
-    reach = np.where(known, np.abs(step @ features.T), 0.0).max(1, initial=1e-12, keepdims=True)
-    return start - step * (np.log1p(reach) / reach)
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """Of every row."""
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)

@@ -31,7 +31,7 @@ class Settings:
         pooling: From 0, every example's own noise, to 1, the same noise for all.
         inflation: Of psi, which the fit to the known tasks makes too small.
         steadiness: Weight of the prior of s^2, in entries.
-        outlier: Entries of the known tasks further from the fit, in robust standard deviations, are pulled in.
+        outlier: Entries of the known tasks further from the fit, in robust standard deviations, count as unknown.
         iterations: Of the posterior.
     """
 
@@ -110,23 +110,24 @@ class RobustFactors:
         self.loadings = np.concatenate([common, right * np.sqrt(self.settings.shrinkage / rows)], 1)
 
     def _fill(self, values: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Values with outliers pulled in and unknown entries at the fit; the fit; its left and right vectors."""
+        """Values with outliers and unknown entries at the fit; the fit; its left and right vectors."""
         rank = max(min(self.settings.rank, len(values) - 2), 0)
-        filled = np.where(known, values, _additive(values, known))
-        mean, left, right = decompose(filled, rank)
-        fit = mean + left @ right.T
-        for _ in range(4 if known.all() else 12):
-            away = np.abs(np.where(known, values - fit, np.nan))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # columns and rows without a known entry
-                column = np.nanmedian(away, 0) / 0.6745
-                row = np.nanmedian(away / np.maximum(column, 1e-300), 1, keepdims=True) / 0.6745
-            limit = self.settings.outlier * np.nan_to_num(column) * np.nan_to_num(row)
-            limit = np.where(limit > 0, limit, np.inf)
-            filled = fit + np.where(known, np.clip(values - fit, -limit, limit), 0.0)
-            mean, left, right = decompose(filled, rank)
+        fit, left, right = _medians(np.where(known, values, np.nan)), np.zeros((len(values), 0)), np.zeros((1, 0))
+        filled = fit
+        # One factor more in each round, so that outliers are known before there are enough factors to fit them.
+        for factors in [*range(rank + 1), *[rank] * (2 if known.all() else 8)]:
+            filled = fit + self._inside(np.where(known, values - fit, np.nan))
+            mean, left, right = decompose(filled, factors)
             fit = mean + left @ right.T
         return filled, fit, left, right
+
+    def _inside(self, residuals: np.ndarray) -> np.ndarray:
+        """Residuals; 0 where they are unknown, or too large for their row and column."""
+        away = np.abs(residuals)
+        column = _median(away, 0) / 0.6745
+        row = _median(away / np.maximum(column, 1e-300), 1)[:, None] / 0.6745
+        limit = self.settings.outlier * column * row
+        return np.where((away <= limit) | (limit == 0), np.nan_to_num(residuals), 0.0)
 
     def _pooled(self, noise: np.ndarray, enough: np.ndarray) -> np.ndarray:
         """Each example's noise drawn to the mean; the mean where there are too few entries."""
@@ -192,10 +193,15 @@ def _observed(covariance: np.ndarray, loading: np.ndarray, noise: np.ndarray) ->
     return covariance - np.outer(along, along) / (noise + loading @ along)
 
 
-def _additive(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Row mean + column mean - mean of the known entries."""
-    zeros = np.where(known, values, 0.0)
-    mean = zeros.sum() / max(known.sum(), 1)
-    rows = (np.where(known, values - mean, 0.0).sum(1) / np.maximum(known.sum(1), 1))[:, None]
-    columns = np.where(known, values - mean - rows, 0.0).sum(0) / np.maximum(known.sum(0), 1)
-    return mean + rows + columns
+def _median(values: np.ndarray, axis: int) -> np.ndarray:
+    """Median of the known entries, 0 where there are none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # columns and rows without a known entry
+        return np.nan_to_num(np.nanmedian(values, axis))
+
+
+def _medians(values: np.ndarray) -> np.ndarray:
+    """Row median + column median: a start that a few wrong entries do not move. Columns without a known entry are as all."""
+    rows = _median(values, 1)[:, None]
+    columns = np.where(np.isfinite(values).any(0), _median(values - rows, 0), 0.0)
+    return rows + columns
