@@ -92,9 +92,9 @@ def _above(row: Posterior, threshold: float) -> np.ndarray:
 def _interval(terms: np.ndarray, expected: np.ndarray, total: int, level: float) -> list[Estimate]:
     """Of the means of terms `[2, n]`, whose variances are expected to be `[2]`, drawn without replacement from `total`."""
     count = terms.shape[1]
-    prior = 5 + count / 2  # the weight of what is expected, in entries
+    prior = 3 + count / 4  # the weight of what is expected, in entries
     variance = ((count - 1) * terms.var(1, ddof=1) + prior * np.nan_to_num(expected)) / (count - 1 + prior)
-    half = stats.t.ppf(0.5 + level / 2, count - 1) * np.sqrt(variance / count * max(1 - count / total, 0.0))
+    half = stats.t.ppf(0.5 + level / 2, count - 1 + prior) * np.sqrt(variance / count * max(1 - count / total, 0.0))
     return [
         Estimate(float(value), float(value - h), float(value + h)) for value, h in zip(terms.mean(1), half, strict=True)
     ]
