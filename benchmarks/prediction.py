@@ -160,6 +160,28 @@ def measured(values: np.ndarray) -> dict[str, Any]:
     return record
 
 
+def table(record: dict[str, Any]) -> str:
+    """The record's errors in Markdown."""
+    lines = ["| | in-domain | against svd | out-of-domain | against svd | intervals of 90% hold | ms a row |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    splits = [record["splits"][split]["table"] for split in SPLITS]
+    for name in splits[0]:
+        rows = [split[name] for split in splits]
+        if "unavailable" in rows[0]:
+            lines.append(f"| {name} | {rows[0]['unavailable']} | | | | | |")
+            continue
+        cells = [name]
+        for row in rows:
+            mean, low, high = row.get("against svd", (0.0, 0.0, 0.0))
+            against = "" if low == high else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+            spread = f" +- {row['deviation']:.2f}" if "deviation" in row else ""
+            cells += [f"{row['rmse']:.2f}{spread}", against]
+        held = ", ".join(f"{row['coverage']:.0%}" for row in rows if "coverage" in row)
+        speed = f"{1000 * max(row['seconds'] for row in rows):.0f}" if "seconds" in rows[0] else ""
+        lines.append(f"| {' | '.join(cells)} | {held} | {speed} |")
+    return "\n".join(lines)
+
+
 def validated(values: np.ndarray) -> Iterator[dict[str, Any]]:
     """Leave one known task out, with one setting changed at a time: RMSE x 100 with random and with chosen columns."""
     for name, value in [("defaults", None), *((n, v) for n, options in GRID.items() for v in options)]:

@@ -78,7 +78,7 @@ def test_exact_matches_are_factorised():
 
 def test_a_constant_matrix_and_bad_input():
     assert np.isnan(ff.analyse(np.ones((3, 4))).additive_r2)
-    with pytest.raises(ValueError, match=r"matrix: expected values \[M, N\] with a finite entry, got shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"matrix: expected values \[M, N\], got shape \(4,\)"):
         ff.analyse(np.ones(4))
     with pytest.raises(ValueError, match="rank: expected an integer >= 1, got 0"):
         ff.analyse(np.ones((3, 4)), rank=0)

@@ -174,7 +174,7 @@ ONES = {n: torch.ones_like(p) for n, p in LINEAR.named_parameters()}
             ONES,
             "initial",
             ValueError,
-            "anchor: expected a safetensors file or a folder with a saved model, got initial, which",
+            'anchor: expected the parameters as they were, got "initial"',
         ),
         (
             ONES,
@@ -210,3 +210,27 @@ def test_an_anchor_that_moves_along_is_refused():
             ValueError, match=r"anchor\['weight'\]: expected where the parameter is drawn to, got the para"
         ):
             ewc_penalty(LINEAR, ONES, anchor)
+
+
+def test_a_fisher_of_frozen_parameters_alone_is_refused():
+    model = torch.nn.Linear(3, 2)
+    values = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match="fisher: expected a tensor for at least one parameter that is trained, got fro"
+    ):
+        ewc_penalty(model, values, values)
+    with pytest.raises(
+        ValueError, match=r'anchor: expected the parameters as they were, got "initial", which ff\.optim'
+    ):
+        ewc_penalty(model.requires_grad_(True), values, "initial")
+
+
+def test_a_file_of_another_kind_is_no_anchor(tmp_path):
+    from fastforget.fisher.files import save_fisher
+
+    model = torch.nn.Linear(3, 2)
+    values = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+    save_fisher(tmp_path / "fisher.safetensors", values, {})
+    with pytest.raises(ValueError, match=r"anchor: expected a model's weights, got .*, a Fisher, mask or difference"):
+        ewc_penalty(model, values, tmp_path / "fisher.safetensors")

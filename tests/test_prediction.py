@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fastforget as ff
 from fastforget.prediction.robust import RobustFactors, Settings
 
-REAL = Path(os.environ.get("FASTFORGET_MATRIX", Path(__file__).parents[2] / "shared/data/olmo_7b_forgetting.npz"))
+ROOT = Path(__file__).parents[1]
+REAL = Path(os.environ.get("FASTFORGET_MATRIX", ROOT.parent / "shared/data/olmo_7b_forgetting.npz"))
 METHODS = ["robust", "additive", "knn", "svd", "similarity"]
 
 
@@ -198,6 +203,17 @@ def test_small_matrices(method: str, shape: tuple[int, int]):
         (lambda p: ff.ForgettingPredictor("forest"), "method: expected one of 'robust', .*, got 'forest'"),
         (lambda p: ff.ForgettingPredictor("similarity"), r"representations: expected \[N, H\]"),
         (lambda p: ff.ForgettingPredictor(ranks=3), "ranks: expected a setting of method='robust'"),
+        (lambda p: ff.ForgettingPredictor("knn", k=0), r"k: expected a setting of method='knn' \(neighbours, floor\)"),
+        (lambda p: ff.ForgettingPredictor(rank=-1), "rank: expected an integer >= 0, got -1"),
+        (lambda p: ff.ForgettingPredictor(shrinkage=math.nan), "shrinkage: expected a number > 0, got nan"),
+        (
+            lambda p: ff.ForgettingPredictor().fit("matrix"),
+            "matrix: expected a ForgettingMatrix or values .* got str .*load",
+        ),
+        (
+            lambda p: p.audit([0], [1.0], [True], threshold=math.nan),
+            "threshold: expected a finite number or None, got nan",
+        ),
         (lambda p: ff.ForgettingPredictor().predict([0], [1.0]), "predictor: expected a fitted one; call fit"),
         (
             lambda p: ff.ForgettingPredictor().fit(np.full((3, 4), np.nan)),
@@ -222,11 +238,40 @@ def test_bad_input(call: Any, message: str):
         call(fitted("robust", KNOWN))
 
 
+def test_matrices_of_other_kinds():
+    expected = fitted("robust", KNOWN).predict(SEEN, NEW[SEEN])
+    for matrix in (torch.tensor(KNOWN), KNOWN.tolist(), SimpleNamespace(values=KNOWN, tasks=[])):
+        predictor = ff.ForgettingPredictor().fit(matrix)
+        assert np.array_equal(predictor.predict(torch.tensor(SEEN), NEW[SEEN].tolist()), expected)
+
+
+def test_intervals_of_audits_end_at_what_the_entries_say():
+    """Many entries of a task that the known ones say nothing about: what the predictions expect does not count any more."""
+    generator, held = np.random.default_rng(6), []
+    predictor = fitted("robust", KNOWN)
+    for seed in range(60):
+        row = 0.1 * generator.normal(size=400) + 3.0 * (generator.random(400) < 0.1)
+        columns, random = predictor.choose_columns(200, seed=seed)
+        audit = predictor.audit(columns, row[columns], random, threshold=1.0)
+        held.append([e.low <= t <= e.high for e, t in ((audit.mean, row.mean()), (audit.share, (row > 1.0).mean()))])
+    assert (np.mean(held, 0) > 0.82).all()
+    rare = predictor.audit(np.arange(15), np.zeros(15), np.ones(15, bool), threshold=50.0).share
+    assert rare.low == 0.0
+    assert rare.high > 0.04
+
+
 def test_tasks_without_values_are_left_out_with_a_warning():
     with pytest.warns(RuntimeWarning, match="matrix: 2 tasks without a finite value are left out"):
         predictor = ff.ForgettingPredictor().fit(np.concatenate([KNOWN, np.full((2, 400), math.inf)]))
     same = fitted("robust", KNOWN)
     assert np.array_equal(predictor.predict(SEEN, NEW[SEEN]), same.predict(SEEN, NEW[SEEN]))
+
+
+def test_the_page_has_the_record(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = importlib.import_module("prediction")
+    record = json.loads((ROOT / "benchmarks/results/prediction.json").read_text())
+    assert benchmark.table(record) in (ROOT / "docs/prediction.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs the published matrix: set FASTFORGET_MATRIX to its npz")

@@ -126,7 +126,7 @@ class Steered(torch.optim.Optimizer):
             if group["params"] and "param_names" not in group:
                 raise ValueError(
                     f"params: expected named parameters beside {self._sources.by_name[0]}, got tensors without names; pass "
-                    "the model, or model.named_parameters()"
+                    "the model, or model.named_parameters(); in a Trainer see for_trainer"
                 )
             groups = [(g["param_names"], g["params"]) for g in self.param_groups if g["params"]]
             named(itertools.chain.from_iterable(zip(*pairs, strict=True) for pairs in groups), "params")  # names differ
@@ -385,6 +385,10 @@ class Steered(torch.optim.Optimizer):
     def _of_model(cls, model: nn.Module, **options: Any) -> Any:
         from transformers import Trainer
 
+        if "lr" not in options:
+            raise ValueError(
+                "lr: expected a learning rate in optimizer_cls_and_kwargs, since Trainer does not pass its own on, got none"
+            )
         decaying = set(Trainer.get_decay_parameter_names(None, model))  # pyright: ignore[reportArgumentType]
         pairs = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastforget.prediction.baselines import LogisticFactors
+from fastforget.prediction.matrices import matrix_values
 
 if TYPE_CHECKING:
     from fastforget.matrix import ForgettingMatrix
@@ -120,9 +121,7 @@ def analyse(matrix: ForgettingMatrix | np.ndarray, *, rank: int = 5) -> Analysis
     Raises:
         ValueError: There is no known entry, or the rank is not positive.
     """
-    values = np.asarray(getattr(matrix, "values", matrix), np.float64)
-    if values.ndim != 2 or not np.isfinite(values).any():
-        raise ValueError(f"matrix: expected values [M, N] with a finite entry, got shape {values.shape}")
+    values = matrix_values(matrix)
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank: expected an integer >= 1, got {rank!r}")
     known = np.isfinite(values)
@@ -130,7 +129,7 @@ def analyse(matrix: ForgettingMatrix | np.ndarray, *, rank: int = 5) -> Analysis
     additive = mean + tasks[:, None] + examples
     rank = min(rank, *values.shape)
     rank_r2, loadings = _low_rank(values, known, additive, rank)
-    names, ids = getattr(matrix, "tasks", None), getattr(matrix, "examples", None)
+    names, ids = getattr(matrix, "tasks", None), getattr(matrix, "examples", None)  # of a ForgettingMatrix
     return Analysis(
         tasks=names or [f"task {i}" for i in range(len(values))],
         examples=ids or [str(j) for j in range(values.shape[1])],

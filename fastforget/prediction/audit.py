@@ -5,8 +5,10 @@ With R the n random entries and zhat^(-t) the row as it is predicted without the
     mean = 1/n sum_{t in R} (mean_j zhat_j^(-t) + z_t - zhat_t^(-t))
 
 which is unbiased whatever the predictions are, and the more precise the better they are; the share above a threshold
-likewise, with indicators and the probabilities that the predictions give them. The variance of the terms is pooled with the one
-that the predictions expect, since heavy tails and rare events hide in a few entries. Intervals are Student's.
+likewise, with indicators and the probabilities that the predictions give them. The variance of the terms is pooled with the
+one that the predictions expect, since heavy tails and rare events hide in a few entries; for the share, that is at least the
+variance of the surprises that the entries allow. Intervals are Student's: what none of few random entries shows cannot be in
+them.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from fastforget.prediction.robust import Posterior
 __all__ = ["Audit", "Estimate", "audited"]
 
 FOLDS = 10
+PRIOR = 5  # weight of the expected variance, in entries
 
 
 class Estimate(NamedTuple):
@@ -64,23 +67,25 @@ def audited(
         The estimates.
     """
     places = np.random.default_rng(seed).permutation(np.flatnonzero(random))
-    terms, expected = [], []  # of the mean and of the share
+    terms, expected, surprises = [], [], 0  # of the mean and of the share
+    limit = np.inf if threshold is None else threshold
     for fold in np.array_split(places, min(FOLDS, len(places))):
         rest = np.ones(len(columns), bool)
         rest[fold] = False
         row = posterior(columns[rest], values[rest])
-        here, now = columns[fold], values[fold]
-        above = _above(row, np.inf if threshold is None else threshold)
-        passed = now > (np.inf if threshold is None else threshold)
-        terms.append(np.stack([row.mean.mean() + now - row.mean[here], above.mean() + passed - above[here]]))
+        here, now, above = columns[fold], values[fold], _above(row, limit)
+        terms.append(np.stack([row.mean.mean() + now - row.mean[here], above.mean() + (now > limit) - above[here]]))
         variances = np.array([np.square(row.std).mean(), (above * (1 - above)).mean()])
         expected.append(np.repeat(variances[:, None], len(fold), 1))
-    total = len(posterior(columns, values).mean)
-    mean, share = _interval(np.concatenate(terms, 1), np.concatenate(expected, 1).mean(1), total, level)
+        surprises += int((np.abs((now > limit) - above[here]) > 0.5).sum())
+    variances = np.nan_to_num(np.concatenate(expected, 1).mean(1))
+    rate = (surprises + 1) / (len(places) + 2)
+    variances[1] = max(variances[1], rate * (1 - rate))
+    whole = posterior(columns, values).mean.copy()
+    mean, share = _interval(np.concatenate(terms, 1), variances, len(whole), level)
     share = Estimate(*(min(max(number, 0.0), 1.0) for number in share))
-    predicted = posterior(columns, values).mean.copy()
-    predicted[columns] = values
-    return Audit(mean, None if threshold is None else share, float(predicted.mean()), float(values[random].mean()))
+    whole[columns] = values
+    return Audit(mean, None if threshold is None else share, float(whole.mean()), float(values[random].mean()))
 
 
 def _above(row: Posterior, threshold: float) -> np.ndarray:
@@ -92,9 +97,8 @@ def _above(row: Posterior, threshold: float) -> np.ndarray:
 def _interval(terms: np.ndarray, expected: np.ndarray, total: int, level: float) -> list[Estimate]:
     """Of the means of terms `[2, n]`, whose variances are expected to be `[2]`, drawn without replacement from `total`."""
     count = terms.shape[1]
-    prior = 3 + count / 4  # the weight of what is expected, in entries
-    variance = ((count - 1) * terms.var(1, ddof=1) + prior * np.nan_to_num(expected)) / (count - 1 + prior)
-    half = stats.t.ppf(0.5 + level / 2, count - 1 + prior) * np.sqrt(variance / count * max(1 - count / total, 0.0))
+    variance = ((count - 1) * terms.var(1, ddof=1) + PRIOR * expected) / (count - 1 + PRIOR)
+    half = stats.t.ppf(0.5 + level / 2, count - 1 + PRIOR) * np.sqrt(variance / count * max(1 - count / total, 0.0))
     return [
         Estimate(float(value), float(value - h), float(value + h)) for value, h in zip(terms.mean(1), half, strict=True)
     ]

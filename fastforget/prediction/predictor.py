@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +11,7 @@ from scipy import stats
 
 from fastforget.prediction.audit import Audit, audited
 from fastforget.prediction.baselines import Additive, BiasedFactors, LogisticFactors, Neighbours, Similarity
+from fastforget.prediction.matrices import matrix_values
 from fastforget.prediction.robust import Posterior, RobustFactors, Settings
 
 if TYPE_CHECKING:
@@ -72,11 +73,13 @@ class ForgettingPredictor:
             raise ValueError(
                 'representations: expected [N, H] with method="similarity", got None; see example_representations'
             )
+        own = Settings if method == "robust" else BASELINES[method]
+        known = [name for name in inspect.signature(own).parameters if name != "values"]
+        odd = sorted(settings.keys() - set(known))
+        if odd:
+            raise ValueError(f"{odd[0]}: expected a setting of method={method!r} ({', '.join(known)}), got {odd[0]!r}")
         if method == "robust":
-            known = {field.name for field in dataclasses.fields(Settings)}
-            odd = sorted(settings.keys() - known)
-            if odd:
-                raise ValueError(f"{odd[0]}: expected a setting of method='robust' ({', '.join(sorted(known))})")
+            Settings(**settings).check()
         self.method, self.settings = method, settings
         self._known: np.ndarray | None = None
         self._model: Any = None
@@ -86,8 +89,8 @@ class ForgettingPredictor:
         """Learn from the tasks that are known.
 
         Args:
-            matrix: A forgetting matrix, or its values, `[M, N]`, NaN where unknown. Tasks without any value are left out,
-                with a warning; examples without any are predicted by what all have in common.
+            matrix: A forgetting matrix, or its values, `[M, N]`, NaN or infinite where unknown. Tasks without any value are
+                left out, with a warning; examples without any are predicted by what all have in common.
 
         Returns:
             The predictor itself.
@@ -95,9 +98,7 @@ class ForgettingPredictor:
         Raises:
             ValueError: There is no value, or the values are not of the method's kind.
         """
-        values = np.asarray(getattr(matrix, "values", matrix), np.float64)
-        if values.ndim != 2 or not values.size:
-            raise ValueError(f"matrix: expected values [M, N], got shape {values.shape}")
+        values = matrix_values(matrix)
         values = np.where(np.isfinite(values), values, np.nan)
         empty = ~np.isfinite(values).any(1)
         if empty.all():
@@ -207,7 +208,7 @@ class ForgettingPredictor:
         level: float = 0.9,
         seed: int = 0,
     ) -> Audit:
-        """The row's mean, and its share above a threshold, with intervals that hold whether the predictions are right or not.
+        """The row's mean, and its share above a threshold, corrected so that wrong predictions do not mislead.
 
         Predictions of the whole row, corrected by what the random entries show of their error. Each random entry is predicted
         without itself.
@@ -228,6 +229,8 @@ class ForgettingPredictor:
         """
         _check_level(level)
         self._fit()
+        if threshold is not None and not np.isfinite(threshold):
+            raise ValueError(f"threshold: expected a finite number or None, got {threshold}")
         columns, values, random = (np.asarray(given) for given in (columns, values, random))
         if random.shape != columns.shape or random.dtype != bool:
             raise ValueError(f"random: expected bool {columns.shape} like columns, got {random.dtype} {random.shape}")

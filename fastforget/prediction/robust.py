@@ -44,6 +44,22 @@ class Settings:
     outlier: float = 6.0
     iterations: int = 20
 
+    def check(self) -> None:
+        """Refuse constants that the model cannot have.
+
+        Raises:
+            ValueError: One is outside its range.
+        """
+        for name in ("rank", "iterations"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
+        for name in ("freedom", "shrinkage", "inflation", "steadiness", "outlier"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)!r}")
+        if not 0 <= self.pooling <= 1:
+            raise ValueError(f"pooling: expected a number from 0 to 1, got {self.pooling!r}")
+
 
 @dataclass(frozen=True)
 class Posterior:

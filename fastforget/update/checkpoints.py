@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastforget._parameters import named
+from fastforget.fisher.files import HEADER_KEY
 from fastforget.fisher.names import canonical_name
 
 __all__ = ["DTYPES", "Source", "open_source", "read_weights", "tensor_source"]
@@ -239,6 +240,10 @@ def _open_checkpoint(path: Path, label: str, needed: Set[str] = frozenset()) -> 
     for file in _weight_files(path, label):
         try:
             handle: Any = safe_open(file, framework="pt")
+            if HEADER_KEY in (handle.metadata() or {}):
+                raise ValueError(
+                    f"{label}: expected a model's weights, got {file}, a Fisher, mask or difference of models"
+                )
             for stored in handle.keys():  # noqa: SIM118
                 header, name = handle.get_slice(stored), canonical_name(stored)
                 if names.setdefault(name, stored) != stored:

@@ -50,6 +50,11 @@ def ewc_penalty(model: nn.Module, fisher: Any, anchor: Any) -> Tensor:
     parameters = {name: parameter for name, parameter in everything.items() if name in given}
     if not parameters:
         raise ValueError("fisher: expected a tensor for at least one parameter, got none")
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ValueError(
+            "fisher: expected a tensor for at least one parameter that is trained, got frozen ones alone, whose penalty "
+            "stays as it is; a LoRA needs the Fisher of its own weights"
+        )
     for name, parameter in parameters.items():
         if isinstance(parameter, DTensor):
             raise ValueError(f"model: {name} is sharded, expected whole parameters; use ff.optim.AdamW(ewc_lambda=...)")
@@ -75,6 +80,11 @@ def anchor_tensors(anchor: Any) -> Mapping[str, Tensor]:
         TypeError: It is none of these.
         ValueError: No weights can be read.
     """
+    if isinstance(anchor, str) and anchor == "initial":
+        raise ValueError(
+            'anchor: expected the parameters as they were, got "initial", which ff.optim alone knows; keep '
+            "{name: parameter.detach().clone() for name, parameter in model.named_parameters()}"
+        )
     if isinstance(anchor, str | os.PathLike):
         return read_weights(anchor, "anchor")
     if isinstance(anchor, nn.Module):
