@@ -35,7 +35,7 @@ GRID: dict[str, list[Any]] = {
     "pooling": [0.0, 0.25, 0.5],
     "inflation": [1.0, 1.5, 2.5],
     "steadiness": [2.0, 5.0, 15.0],
-    "outlier": [3.0, 6.0, 1e9],
+    "outlier": [3.0, 6.0, 8.0, 10.0, 15.0, 1e9],
 }
 
 
