@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import subprocess
@@ -44,3 +45,13 @@ def test_sequential_fine_tuning(tmp_path):
     assert again.returncode == 0
     assert "seed 0" not in again.stdout  # is in the record
     assert json.loads((tmp_path / "record.json").read_text()) == record
+
+
+def test_the_page_has_the_record(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("sequential_fine_tuning")
+    record = json.loads((EXAMPLES / "sequential_fine_tuning.json").read_text())
+    assert list(record["seeds"]) == ["0", "1", "2", "3", "4"]
+    assert record["methods"] == example.STRENGTHS
+    assert record["steps"] == example.STEPS
+    assert example.table(record) in (EXAMPLES.parent / "optimizers.md").read_text(encoding="utf-8")
