@@ -207,6 +207,11 @@ def merge(
     from fastforget.update.merging import fisher_merge
 
     _check_out(out, dry_run)
+    for option, given in (("--fisher", fisher), ("--weight", weight)):
+        if given and len(given) != len(model) > 1:
+            raise ValueError(
+                f"{option}: expected {len(model)}, one for each of {', '.join(model)}, got {len(given)}; repeat the option"
+            )
     settings: dict[str, Any] = {"floor": floor, "max_shard_size": max_shard_size, "progress": progress}
     changes = fisher_merge(model, fisher, weight or None, out=out, dry_run=dry_run, **settings)
     if isinstance(changes, Changes):  # always, with these arguments
