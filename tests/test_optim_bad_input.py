@@ -42,7 +42,7 @@ NAN = {name: value / 0 for name, value in FISHER.items()}
             ValueError,
             "anchor: expected what ewc_lambda pulls to, got None; pass",
         ),
-        ({"fisher_decay": -0.1}, ValueError, "fisher_decay: expected a finite number, at least 0.0, got -0.1"),
+        ({"fisher_decay": -0.1}, ValueError, "fisher_decay: expected a finite number of at least 0, got -0.1"),
         ({"fisher": FISHER, "soft_weight": float("nan")}, ValueError, "soft_weight: expected a finite number"),
         ({"fisher": FISHER, "max_fisher": float("nan")}, ValueError, "max_fisher: expected a number, got nan"),
         ({"fisher": 3.0}, TypeError, "fisher: expected a DiagonalFisher, a mapping"),
@@ -97,6 +97,7 @@ NAN = {name: value / 0 for name, value in FISHER.items()}
             ValueError,
             "ewc_lambda: expected the strength of the pull to the anchor, got an anchor",
         ),
+        ({"fisher_decay": "1"}, ValueError, "fisher_decay: expected a number, got '1'"),
         ({"fisher_decay": 1.01}, ValueError, "fisher_decay: expected a number from 0 to 1, got 1.01; F would grow"),
         (
             {"fisher": FISHER, "min_fisher": 1.0, "max_fisher": 1.0},

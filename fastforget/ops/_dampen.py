@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastforget.ops._dispatch import resolve
 from fastforget.ops._examples import accumulator
+from fastforget.ops._steering import check_number
 from fastforget.ops._tensor_lists import Rule, check_lists, chunks, refuse_impossible, refuse_twice
 
 __all__ = ["dampen_"]
@@ -79,8 +80,7 @@ def dampen_(
 
 def _check(params: list[Tensor], forget: list[Tensor], retain: list[Tensor], alpha: float, lam: float) -> None:
     for name, value in (("alpha", alpha), ("lam", lam)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+        check_number(name, value)
     fishers = {"forget": forget, "retain": retain}
     wide = (torch.float32, torch.float64)
     check_lists({"params": Rule(params)} | {name: Rule(tensors, wide) for name, tensors in fishers.items()})

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastforget.ops._dispatch import resolve
 from fastforget.ops._examples import accumulator
+from fastforget.ops._steering import check_number
 from fastforget.ops._tensor_lists import Rule, check_lists, chunks, refuse_twice
 
 __all__ = ["fisher_merge_"]
@@ -77,8 +78,7 @@ def _check(
         if len(given) != len(models):
             raise ValueError(f"{name}: expected {len(models)}, one for each of models, got {len(given)}")
     for j, weight in enumerate(weights):
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"weights[{j}]: expected a finite number of at least 0, got {weight}")
+        check_number(f"weights[{j}]", weight)
     if not any(weights):
         raise ValueError(f"weights: expected one above 0, got {weights}")
     if not 0 < floor < math.inf:

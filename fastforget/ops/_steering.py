@@ -149,9 +149,11 @@ def check_number(name: str, value: float | Tensor, low: float = 0.0, high: float
             raise ValueError(f"{name}: expected one number, got a tensor of shape {tuple(value.shape)}")
         if value.device.type != "cpu":
             return
+    elif not isinstance(value, Real):
+        raise ValueError(f"{name}: expected a number, got {value!r}")
     if not low <= float(value) < high:
-        raise ValueError(f"{name}: expected a finite number, at least {low}{f' and below {high}' * (high < math.inf)}, "
-                         f"got {float(value)}")  # fmt: skip
+        bound = f" and below {high:g}" if high < math.inf else ""
+        raise ValueError(f"{name}: expected a finite number of at least {low:g}{bound}, got {float(value)}")
 
 
 def check_update(update: Update, implementation: str) -> None:
