@@ -191,7 +191,7 @@ STEERED = {
     "pull and fisher updated": PULL | {"fisher_decay": 0.0},
     "thresholds and soft": {"min_fisher": 0.5} | SOFT,
     "thresholds and fisher updated": {"max_fisher": 0.5, "fisher_decay": 0.5},
-    "soft and fisher updated": SOFT | {"fisher_decay": 2.0},
+    "soft and fisher updated": SOFT | {"fisher_decay": 0.5},
     "everything": ALL,
     "everything, float32 states": ALL | {"wide": True},
     "everything, mixed": ALL | {"mixed": True, "wide": True},
