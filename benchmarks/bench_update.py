@@ -270,4 +270,6 @@ def test_update(variant, turn, built, device, measure, request):
     """One pass over all parameters."""
     group = request.node.callspec.params["built"]
     title = f"{group}, {built['entries'] / 1e6:,.0f} million parameters, {str(DTYPE[device.type])[6:]}"
-    measure(title, variant, built[variant], None, tolerance=math.inf, work=built["size"] / 1e9, unit="GB/s")
+    measure(
+        title, variant, built[variant], None, tolerance=math.inf, work=built["size"] / 1e9, unit="GB/s", warm_up=True
+    )

@@ -81,6 +81,7 @@ def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
         tolerance: float,
         work: float,
         unit: str,
+        warm_up: bool = False,
     ) -> None:
         """Time `function` once.
 
@@ -92,6 +93,7 @@ def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
             tolerance: Largest difference from it; beyond, nothing is timed and the test fails.
             work: Units of work in one call.
             unit: One unit of work a second, such as "tokens/s".
+            warm_up: On a CPU, call it once before: a system may have put away gigabytes that only this variant uses.
         """
         if (group, variant) not in _checked:
             result = function()  # compiles, too
@@ -112,7 +114,8 @@ def measure(benchmark: Any, device: torch.device) -> Callable[..., None]:
         on_gpu = device.type == "cuda"  # its clock rises under load: a lone call would be timed at an idle clock
         if on_gpu:
             torch.cuda.synchronize()
-        benchmark.pedantic(timed, rounds=10 if on_gpu else 1, iterations=1, warmup_rounds=3 if on_gpu else 0)
+        warm_ups = 3 if on_gpu else int(warm_up)
+        benchmark.pedantic(timed, rounds=10 if on_gpu else 1, iterations=1, warmup_rounds=warm_ups)
 
     return run
 
