@@ -44,6 +44,11 @@ class Counts:
         self.tokens += int(tokens.sum())
         self.skipped += [name for name, has in zip(ids, counted.tolist(), strict=True) if not has]
 
+    def add_step(self) -> None:
+        """Count a step of the caller's as one example of weight 1."""
+        self.weight += 1
+        self.examples += 1
+
     def tensor(self) -> Tensor:
         """`[4]` float64, to continue from."""
         return torch.tensor([self.weight, self.examples, self.tokens, len(self.skipped)], dtype=torch.float64)

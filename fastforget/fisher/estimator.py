@@ -209,26 +209,23 @@ class DiagonalFisher:
         """
         if self.labels == "sampled":
             raise ValueError(
-                'observe: expected labels="data", got "sampled", whose loss is not the caller\'s; use update()'
+                'observe: expected labels="data", got "sampled", whose loss is not the caller\'s: use update()'
             )
-        watched = self._watched
         if self.per == "batch_mean":
             refuse_given(labels=labels, loss_denominator=loss_denominator, weights=weights, loss_factor=loss_factor)
         else:
-            refuse_batch_norms(watched.inner)
-        with self._active(), uncompiled(watched.model):
+            refuse_batch_norms(self._watched.inner)
+        with self._active(), uncompiled(self._watched.model):
             if self.per == "batch_mean":
                 with self._all_or_invalid(lambda: self._sums.adding):
-                    yield from one_step(watched, self._sums, self._impl)
-                self._counts.weight += 1
-                self._counts.examples += 1
+                    yield from one_step(self._watched, self._sums, self._impl)
+                self._counts.add_step()
                 return
-            with eval_mode(watched.inner), torch.enable_grad():
+            with eval_mode(self._watched.inner), torch.enable_grad():
                 self._choose_rules()
             tape = self._tape(detach=False, fuse_grad=fuse_grad)
-            observer = Observer(
-                watched, tape, labels, loss_denominator, loss_factor, weights, self.loss, self._counts.seen
-            )
+            given = labels, loss_denominator, loss_factor, weights
+            observer = Observer(self._watched, tape, *given, self.loss, self._counts.seen)
             with self._all_or_invalid(lambda: bool(tape.batches)):
                 with tape.running(), observer.running():
                     yield

@@ -4,11 +4,11 @@ With R the n random entries and zhat^(-t) the row as it is predicted without the
 
     mean = 1/n sum_{t in R} (mean_j zhat_j^(-t) + z_t - zhat_t^(-t))
 
-which is unbiased whatever the predictions are, and the more precise the better they are; the share above a threshold
-likewise, with indicators and the probabilities that the predictions give them. The variance of the terms is pooled with the
-one that the predictions expect, since heavy tails and rare events hide in a few entries; for the share, that is at least the
-variance of the surprises that the entries allow. Intervals are Student's: what none of few random entries shows cannot be in
-them.
+which is unbiased, but for terms of 1 / N, whatever the predictions are, and the more precise the better they are; the share
+above a threshold likewise, with indicators and the probabilities that the predictions give them. The variance of the terms is
+pooled with the one that the predictions expect, since heavy tails and rare events hide in a few entries; for the share, that is
+at least the variance of the surprises that the entries allow. Intervals are Student's: what none of few random entries shows
+cannot be in them.
 """
 
 from __future__ import annotations

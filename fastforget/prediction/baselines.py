@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastforget.prediction.matrices import known_entries
 from fastforget.prediction.robust import decompose
 
 __all__ = ["Additive", "BiasedFactors", "LogisticFactors", "Neighbours", "Similarity"]
@@ -42,7 +43,7 @@ class _Predictor:
         Returns:
             `[N]`, of the revealed entries too; probabilities of 1 with `LogisticFactors`.
         """
-        return self._row(*_entries(columns, values, self.examples))
+        return self._row(*known_entries(columns, values, self.examples))
 
     def _row(self, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
         """The prediction from checked entries."""
@@ -312,24 +313,6 @@ def _matrix(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not known.any():
         raise ValueError("values: expected at least one known entry, got only NaN; measure a task first")
     return values, known
-
-
-def _entries(columns: np.ndarray, values: np.ndarray, examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """The known entries of a new row, as int64 and float64, checked."""
-    columns, values = np.asarray(columns), np.asarray(values, np.float64)
-    if columns.ndim != 1 or (columns.size and not np.issubdtype(columns.dtype, np.integer)):
-        raise ValueError(f"columns: expected integers [S], got {columns.dtype} {columns.shape}; pass indices")
-    if values.shape != columns.shape:
-        raise ValueError(f"values: expected shape [S] = {columns.shape}, got {values.shape}; pass one value a column")
-    if columns.size and not 0 <= columns.min() <= columns.max() < examples:
-        wrong = columns[(columns < 0) | (columns >= examples)][0]
-        raise ValueError(f"columns: expected indices in [0, {examples}), got {wrong}; index the known tasks' columns")
-    if np.isinf(values).any():
-        raise ValueError(
-            f"values: expected finite numbers or NaN, got infinity at {np.isinf(values).argmax()}; leave it out"
-        )
-    known = ~np.isnan(values)
-    return columns[known].astype(np.int64), values[known]
 
 
 def _positive(**settings: float) -> None:

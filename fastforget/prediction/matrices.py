@@ -1,4 +1,4 @@
-"""The values of whatever stands for a forgetting matrix."""
+"""What stands for a forgetting matrix, and for the known entries of a new row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["matrix_values"]
+__all__ = ["known_entries", "matrix_values"]
 
 
 def matrix_values(matrix: Any) -> np.ndarray:
@@ -34,3 +34,33 @@ def matrix_values(matrix: Any) -> np.ndarray:
     if not np.isfinite(result).any():
         raise ValueError("matrix: expected at least one finite value, got none")
     return result
+
+
+def known_entries(columns: Any, values: Any, examples: int) -> tuple[np.ndarray, np.ndarray]:
+    """The known entries of a new row.
+
+    Args:
+        columns: `[S]` integers.
+        values: `[S]`; NaN where unknown after all.
+        examples: N.
+
+    Returns:
+        Columns, int64, and values, float64, of those that are known.
+
+    Raises:
+        ValueError: A shape or a dtype is wrong, a column is out of range, or a value is infinite.
+    """
+    columns, values = np.asarray(columns), np.asarray(values, np.float64)
+    if columns.ndim != 1 or (columns.size and not np.issubdtype(columns.dtype, np.integer)):
+        raise ValueError(f"columns: expected integers [S], got {columns.dtype} {columns.shape}; pass indices")
+    if values.shape != columns.shape:
+        raise ValueError(f"values: expected shape [S] = {columns.shape}, got {values.shape}; pass one value a column")
+    if columns.size and not 0 <= columns.min() <= columns.max() < examples:
+        wrong = columns[(columns < 0) | (columns >= examples)][0]
+        raise ValueError(f"columns: expected indices in [0, {examples}), got {wrong}; index the known tasks' columns")
+    if np.isinf(values).any():
+        raise ValueError(
+            f"values: expected finite numbers or NaN, got infinity at {np.isinf(values).argmax()}; leave it out"
+        )
+    known = ~np.isnan(values)
+    return columns[known].astype(np.int64), values[known]

@@ -11,7 +11,7 @@ from scipy import stats
 
 from fastforget.prediction.audit import Audit, audited
 from fastforget.prediction.baselines import Additive, BiasedFactors, LogisticFactors, Neighbours, Similarity
-from fastforget.prediction.matrices import matrix_values
+from fastforget.prediction.matrices import known_entries, matrix_values
 from fastforget.prediction.robust import Posterior, RobustFactors, Settings
 
 if TYPE_CHECKING:
@@ -101,8 +101,6 @@ class ForgettingPredictor:
         values = matrix_values(matrix)
         values = np.where(np.isfinite(values), values, np.nan)
         empty = ~np.isfinite(values).any(1)
-        if empty.all():
-            raise ValueError("matrix: expected at least one finite value, got none")
         if empty.any():
             warnings.warn(
                 f"matrix: {int(empty.sum())} tasks without a finite value are left out", RuntimeWarning, stacklevel=2
@@ -234,8 +232,8 @@ class ForgettingPredictor:
         columns, values, random = (np.asarray(given) for given in (columns, values, random))
         if random.shape != columns.shape or random.dtype != bool:
             raise ValueError(f"random: expected bool {columns.shape} like columns, got {random.dtype} {random.shape}")
-        finite = np.isfinite(values.astype(np.float64))
-        columns, values, random = columns[finite], values[finite], random[finite]
+        known = ~np.isnan(values.astype(np.float64))
+        columns, values, random = columns[known], values[known], random[known]
         kept, kept_values = self._revealed(columns, values)
         if len(kept) != len(columns):
             raise ValueError("columns: expected every column once, got one twice")
@@ -308,17 +306,7 @@ class ForgettingPredictor:
         """The entries that are known, each once."""
         self._fit()
         total = 0 if self._known is None else self._known.shape[1]
-        columns, values = np.asarray(columns), np.asarray(values, np.float64)
-        if columns.ndim != 1 or columns.shape != values.shape:
-            raise ValueError(f"values: expected shape [S] like columns {columns.shape}, got {values.shape}")
-        if columns.size and not np.issubdtype(columns.dtype, np.integer):
-            raise ValueError(f"columns: expected integers, got {columns.dtype}")
-        columns = columns.astype(np.int64)
-        if columns.size and not (columns.min() >= 0 and columns.max() < total):
-            wrong = columns[(columns < 0) | (columns >= total)][0]
-            raise ValueError(f"columns: expected numbers from 0 to {total - 1}, got {wrong}")
-        finite = np.isfinite(values)
-        columns, values = columns[finite], values[finite]
+        columns, values = known_entries(columns, values, total)
         unique, first, place = np.unique(columns, return_index=True, return_inverse=True)
         if len(unique) == len(columns):
             return columns, values
