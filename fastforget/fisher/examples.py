@@ -47,7 +47,7 @@ class Examples:
         # One example a row: then a whole row belongs to it, since the gradient at its padding is zero.
         self.one_a_row = count == self.rows and bool(((owner == expected) | (owner < 0)).all())
         self.nonfinite = torch.zeros(count, dtype=torch.bool, device=owner.device)
-        self.suspect = torch.zeros((), dtype=torch.bool, device=owner.device)  # something is not finite, unknown where
+        self.edges: list[Tensor] = []  # numbers that show whether what was added is finite, not whose
         self.waiting: dict[str, list[Any]] = {}  # pieces of parameters that are used several times, by name
         self.done: set[str] = set()  # parameters whose pieces are accumulated
         self._segments: dict[tuple[int, bool], Segments] = {}
@@ -69,6 +69,22 @@ class Examples:
         if rows.attended is not None:
             owner = owner.masked_fill(~rows.attended, -1)
         return cls(owner, count, weights, ids)
+
+    def note_edges(self, fisher: Tensor) -> None:
+        """Remember whether sums stayed finite: what is not, in a token's gradient or activation, is in a whole row or column.
+
+        Args:
+            fisher: Sums that squares were just added to.
+        """
+        self.edges.append(fisher[..., :1].sum() if fisher.ndim else fisher.clone())
+        if fisher.ndim > 1:
+            self.edges.append(fisher[..., :1, :].sum())
+
+    @property
+    def suspect(self) -> bool:
+        """Whether something that was added is not finite, unknown for which example."""
+        edges = [edge.to(self.owner.device) for edge in self.edges]
+        return bool(edges) and not bool(torch.stack(edges).isfinite().all())
 
     def tokens(self, tensor: Tensor, features: int = 1) -> Tensor:
         """View a module's input or output as rows of tokens.

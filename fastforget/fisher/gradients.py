@@ -211,11 +211,10 @@ class Elementwise:
         """See `Piece`."""
         gradient, weights = self._per_segment(examples, how.positions)  # [segments, parameter's elements]
         fisher += torch.mv(gradient.square().T, weights).view(fisher.shape)
-        finite = gradient.isfinite().all(1)
         if how.positions:
-            examples.suspect |= ~finite.all()
+            examples.edges.append(gradient.sum())
         else:
-            examples.nonfinite |= ~finite
+            examples.nonfinite |= ~gradient.isfinite().all(1)
 
     def example(self, shape: torch.Size, examples: Examples, b: int) -> Tensor:
         """See `Piece`."""

@@ -191,7 +191,7 @@ def refuse_nonfinite_gradients(batches: Sequence[Examples]) -> None:
     """
     bad = [b.ids[i] for b in batches for i in b.nonfinite.nonzero()[:, 0].tolist()]
     place = "for" if bad else "in one of"  # a weight's squares show that something is not finite, not whose
-    bad = bad or [i for b in batches if bool(b.suspect) for i in b.ids]
+    bad = bad or [i for b in batches if b.suspect for i in b.ids]
     if bad:
         raise NonFiniteError(
             f"gradient: expected finite gradients, got NaN or infinity {place} {_listed(bad)}; their squares are in the "

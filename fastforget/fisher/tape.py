@@ -319,11 +319,7 @@ class Tape:
         ):
             try:
                 accumulate_(fisher, pieces, examples, self.how)
-                # What is not finite in a token's gradient, or activation, is in a whole row, or column.
-                edges = fisher[..., :1].sum() if fisher.ndim else fisher
-                if fisher.ndim > 1:
-                    edges = edges + fisher[..., :1, :].sum()
-                examples.suspect |= ~edges.isfinite()
+                examples.note_edges(fisher)
             except PositionError as error:
                 raise ValueError(
                     f'per: "position" is not defined for {name}, whose rule sees whole examples; exclude it by parameters=, '
