@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from fastforget.ops import linear_cross_entropy
+from fastforget.ops import LinearCrossEntropy, linear_cross_entropy
 
 __all__ = [
     "LogitTransform",
@@ -19,6 +20,7 @@ __all__ = [
     "current_forward",
     "eval_mode",
     "find_head",
+    "head_loss",
     "head_weight",
     "swapped_forward",
     "unwrapped",
@@ -168,6 +170,43 @@ def head_weight(head: Any) -> tuple[Tensor, Tensor | None]:
     return head.weight, head.bias
 
 
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    transform: LogitTransform,
+    impl: str,
+) -> LinearCrossEntropy:
+    """The loss of a model's head, of whose rows each process has some under tensor parallelism.
+
+    Args:
+        hidden: `[S, H]`.
+        weight: `[V, H]`, perhaps a DTensor, see `head_weight`.
+        bias: `[V]` or None.
+        target: `[S]` labels.
+        transform: What the model does to its logits.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        See `linear_cross_entropy`.
+
+    Raises:
+        ValueError: The weight is spread over processes in another way than by its rows.
+    """
+    group = None
+    if isinstance(weight, DTensor):
+        if weight.device_mesh.ndim > 1 or not weight.placements[0].is_shard(0):
+            raise ValueError(
+                f"model: expected an output embedding whose rows are spread over one group of processes, got placements "
+                f"{weight.placements} on a mesh {tuple(weight.device_mesh.shape)}; leave it out of the parallel plan"
+            )
+        group, weight = weight.device_mesh.get_group(), weight.to_local()
+        bias = bias.to_local() if isinstance(bias, DTensor) else bias
+    options: dict[str, Any] = {"softcap": transform.softcap, "scale": transform.scale, "group": group, "impl": impl}
+    return linear_cross_entropy(hidden, weight, target, linear_bias=bias, **options)
+
+
 def base_linear(head: Any) -> Any:
     """The linear map inside a head's wrappers, which its own weight and bias belong to.
 
@@ -309,15 +348,7 @@ def _measure_transform(
     largest = float(logits[finite].abs().max()) if finite.any() else 0.0
     tolerance = max(2 * torch.finfo(probe.dtype).eps, 1e-4) * (1 + largest)
     for row, change in ((0, "a later token"), (1, "padding")):
-        loss = linear_cross_entropy(
-            probe.hidden[row, :-1],
-            probe.weight,
-            target.to(device),
-            linear_bias=probe.bias,
-            softcap=transform.softcap,
-            scale=transform.scale,
-            impl=impl,
-        ).loss
+        loss = head_loss(probe.hidden[row, :-1], probe.weight, probe.bias, target.to(device), transform, impl).loss
         # The mean: a wrong head shows everywhere, a router of experts that rounding tips over shows at single tokens.
         error = float((loss.double() - expected.to(device))[finite.to(device)].abs().mean()) if finite.any() else 0.0
         if not error <= tolerance:

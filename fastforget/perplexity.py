@@ -12,12 +12,12 @@ from fastforget._head import (
     LogitTransform,
     eval_mode,
     find_head,
+    head_loss,
     head_weight,
     swapped_forward,
     unwrapped,
     verified_transform,
 )
-from fastforget.ops import linear_cross_entropy
 
 __all__ = ["ExampleScores", "log_perplexity", "score_examples"]
 
@@ -181,15 +181,7 @@ class _HeadLoss:
         target = self.target.to(hidden.device)
         is_target = target != IGNORE
         weight, bias = head_weight(self.head)
-        result = linear_cross_entropy(
-            hidden[is_target],
-            weight,
-            target[is_target],
-            linear_bias=bias,
-            softcap=self.transform.softcap,
-            scale=self.transform.scale,
-            impl=self.impl,
-        )
+        result = head_loss(hidden[is_target], weight, bias, target[is_target], self.transform, self.impl)
         self.loss = result.loss.new_zeros(target.shape).index_put((is_target,), result.loss)  # [B, T]
         self.hit = torch.zeros_like(is_target).index_put((is_target,), result.hit)
         return hidden.new_zeros(*hidden.shape[:-1], 1)

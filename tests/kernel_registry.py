@@ -152,7 +152,7 @@ def _compile_linear_cross_entropy(arch: str) -> Iterator[Compilation]:
             types |= {"grad_ptr": pointer, "label_ptr": "*i64", "stride_grad_s": "i32"}
             types |= dict.fromkeys(("lse_ptr", "grad_loss_ptr", "grad_sum_ptr"), "*fp32")
         else:
-            types |= {"target_ptr": "*i64", "splits": "i32", "tiles_per_split": "i32"}
+            types |= {"target_ptr": "*i64", "splits": "i32", "tiles_per_split": "i32", "first_class": "i32"}
             types |= dict.fromkeys(("max_ptr", "sum_ptr", "target_logit_ptr", "max_before_ptr"), "*fp32")
         constants = {} if bias else {"bias_ptr": None}
         if sample:
@@ -195,7 +195,7 @@ def _compile_linear_cross_entropy(arch: str) -> Iterator[Compilation]:
             tuple(sizes),
         )
     pointers = ("loss_ptr", "lse_ptr", "max_ptr", "sum_ptr", "target_logit_ptr", "max_before_ptr")
-    for sample in (False, True):
+    for sample, shared in itertools.product((False, True), repeat=2):
         types = dict.fromkeys(pointers, "*fp32") | {"hit_ptr": "*i1", "target_ptr": "*i64"}
         types |= dict.fromkeys(("S", "splits", "split_width"), "i32")
         constants = {"SAMPLE": sample, "BLOCK_S": 128}
@@ -203,9 +203,11 @@ def _compile_linear_cross_entropy(arch: str) -> Iterator[Compilation]:
             types |= {"best_ptr": "*fp32", "label_ptr": "*i32"}
         else:
             constants |= {"best_ptr": None, "label_ptr": None}
-        yield Compilation(
-            f"merge{'-sample' * sample}", kernels._merge_kernel, types, constants, {"num_warps": 4}, False
-        )
+        types |= {"row_max_ptr": "*fp32"} if shared else {}
+        types |= {"row_best_ptr": "*fp32"} if shared and sample else {}
+        constants |= dict.fromkeys({"row_max_ptr", "row_best_ptr"} - types.keys())
+        label = f"merge{'-sample' * sample}{'-shared' * shared}"
+        yield Compilation(label, kernels._merge_kernel, types, constants, {"num_warps": 4}, False)
 
 
 OPERATIONS = (

@@ -15,7 +15,9 @@ __all__ = ["gradient_blocks"]
 # Elements of a block. CPU: 2 MB of float32, so that the product's result is still in the cache when it is squared (half
 # or twice that: within 10%). Elsewhere: 64 MB, large enough for full-rate products.
 _CPU_TILE, _TILE = 2**19, 2**24
-_BATCH = 8  # whole gradients in a block, at least, for one batched product of examples of equal length: a fifth less time
+_BATCH = (
+    8  # whole gradients in a block, at least, for one batched product of examples of equal length: a fifth less time
+)
 
 
 def gradient_blocks(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from fastforget.ops import _linear_cross_entropy_torch as torch_path
 from fastforget.ops._dispatch import resolve, tileable
 from fastforget.ops._examples import FLOATS, accumulator, capturing
 from fastforget.ops._exponential_race import row_keys
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["LinearCrossEntropy", "linear_cross_entropy"]
 
@@ -43,6 +46,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     sample_seed: int | None = None,
     row_ids: Tensor | None = None,
+    group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> LinearCrossEntropy:
     r"""Per-row cross-entropy of a linear head without the logits in memory.
@@ -73,6 +77,9 @@ def linear_cross_entropy(
         ignore_index: Label of rows that are no target.
         sample_seed: Draw the labels with this seed, any int64; None for the labels of `target`.
         row_ids: `[S]` int64, what identifies each row's draw; None for 0, 1, ..., S - 1. Only with `sample_seed`.
+        group: Of processes that share the vocabulary: `linear_weight` and `linear_bias` are this process's rows of the head,
+            the first process's first, as many as each has. All else is the same on every process, and so are the results
+            and the gradient of `input`, which is summed over them. Not under `torch.compile`.
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -97,6 +104,10 @@ def linear_cross_entropy(
     _check_sampling(input, sample_seed, row_ids)
     linear_bias = None if linear_bias is None else linear_bias.contiguous()  # the kernels take no stride of it
     options = (softcap or 0.0, float(scale), ignore_index, sample_seed, row_ids, impl)
+    if group is not None:
+        from fastforget.ops._vocabulary_parallel import vocabulary_parallel
+
+        return vocabulary_parallel(input, linear_weight, target, linear_bias, *options, group)
     loss, hit, lse, drawn = _forward(input, linear_weight, target, linear_bias, *options)
     return LinearCrossEntropy(loss, hit, lse, target if sample_seed is None else drawn)
 

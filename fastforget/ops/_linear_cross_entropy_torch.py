@@ -37,6 +37,9 @@ def forward_(
     softcap: float,
     scale: float,
     keys: Tensor | None,
+    first_class: int = 0,
+    row_max: Tensor | None = None,
+    row_best: Tensor | None = None,
 ) -> None:
     """Write loss, hit and lse of every row, and with `keys` the drawn labels into `target`: as the kernel's launcher."""
     for s in range(0, input.shape[0], ROWS):
@@ -62,11 +65,15 @@ def forward_(
                 probabilities = (z - shift[:, None]).exp_()
                 running_sum = running_sum * decay + probabilities.sum(1)
                 earliest = earliest / decay  # inf until a logit is finite: inf / 0
-                first, column = _first(arrival_times(probabilities, keys[r], v))
+                first, column = _first(arrival_times(probabilities, keys[r], first_class + v))
                 here = (first < earliest).nonzero()[:, 0]
                 earliest[here], label[here] = first[here], column[here] + v
                 _take_label(z, here, column[here], running_max, target_logit, max_before)
             running_max = new_max
+        if row_max is not None:
+            row_max[r] = running_max
+        if row_best is not None:
+            row_best[r] = earliest
         lse[r] = running_max + running_sum.log()
         loss[r] = lse[r] - target_logit
         # As in the kernel: nothing before the label is as large, nothing anywhere larger; twice as fast as an argmax.

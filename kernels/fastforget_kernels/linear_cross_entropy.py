@@ -15,6 +15,9 @@ it what a tile keeps of a given label; the earliest arrival is rescaled with the
 Flops 2 S H V; bytes at least (S + V) H inputs + 9 S outputs; workspace 8 bytes x splits x rows, rows in blocks; with
 SAMPLE some 50 operations a logit, 8 S more outputs and 24 bytes of workspace.
 
+Of a vocabulary that several devices share, each takes its classes `[first_class, first_class + V)`; what another merge needs
+of it besides, the largest logit and the arrival of the label that was drawn, comes out too.
+
 Backward: dz_sv = g_s (exp(z_sv - lse_s) - [v = target(s)]) (1 - (z_sv / softcap)^2) scale, recomputed one block
 `[R, C]` at a time, then dx += dz W and dW += dz^T x by `add_product`: 2 S H V flops each, and 2 S H V to recompute.
 
@@ -81,11 +84,12 @@ def _at_label(z, label, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _race(
-    z, shift, tile_max, running_max, key, v0, best, target, target_logit, max_before, BLOCK_V: tl.constexpr
+    z, shift, tile_max, running_max, key, v0, first_class, best, target, target_logit, max_before,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Let this tile's classes race with the earliest arrival so far, `best`, which is relative to `running_max`."""
     columns = tl.arange(0, BLOCK_V)
-    arrival = arrival_times(z - shift[:, None], key[:, None], v0 + columns[None, :])
+    arrival = arrival_times(z - shift[:, None], key[:, None], first_class + v0 + columns[None, :])
     earliest = tl.min(arrival, axis=1)
     label = tl.min(tl.where(arrival == earliest[:, None], columns[None, :], BLOCK_V), axis=1)
     best *= tl.exp2(tl.minimum((shift - running_max) * LOG2_E, 120.0))
@@ -99,10 +103,10 @@ def _race(
 
 
 # A constant in place of 1 split or 1 tile a split saves nothing, compiles once more, and spills on sm_90.
-@triton.jit(do_not_specialize=["splits", "tiles_per_split"])
+@triton.jit(do_not_specialize=["splits", "tiles_per_split", "first_class"])
 def _forward_kernel(
     input_ptr, weight_ptr, bias_ptr, target_ptr, key_ptr, max_ptr, sum_ptr, target_logit_ptr, max_before_ptr,
-    best_ptr, label_ptr, S, H, V, splits, tiles_per_split,
+    best_ptr, label_ptr, S, H, V, splits, tiles_per_split, first_class,
     stride_input_s, stride_input_h, stride_weight_v, stride_weight_h, scale, softcap, SAMPLE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_H: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP_S: tl.constexpr,
@@ -146,7 +150,7 @@ def _forward_kernel(
         running_sum += tl.sum(tl.exp2((z - shift[:, None]) * LOG2_E), axis=1)
         if SAMPLE:  # last: the arrival times take the registers of the exponentials
             best, target, target_logit, max_before = _race(
-                z, shift, tile_max, running_max, key, v0, best, target, target_logit, max_before, BLOCK_V
+                z, shift, tile_max, running_max, key, v0, first_class, best, target, target_logit, max_before, BLOCK_V
             )
         running_max = new_max
     offs_partial = split.to(tl.int64) * S + offs_s
@@ -167,7 +171,7 @@ def _forward_kernel(
 @triton.jit
 def _merge_kernel(
     loss_ptr, hit_ptr, lse_ptr, target_ptr, max_ptr, sum_ptr, target_logit_ptr, max_before_ptr, best_ptr, label_ptr,
-    S, splits, split_width, SAMPLE: tl.constexpr, BLOCK_S: tl.constexpr,
+    row_max_ptr, row_best_ptr, S, splits, split_width, SAMPLE: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     mask_s = offs_s < S
@@ -212,8 +216,12 @@ def _merge_kernel(
     tl.store(lse_ptr + offs_s, lse, mask=mask_s)
     tl.store(loss_ptr + offs_s, loss, mask=mask_s)
     tl.store(hit_ptr + offs_s, hit, mask=mask_s)
+    if row_max_ptr is not None:
+        tl.store(row_max_ptr + offs_s, total_max, mask=mask_s)
     if SAMPLE:
         tl.store(target_ptr + offs_s, target.to(tl.int64), mask=mask_s)
+        if row_best_ptr is not None:
+            tl.store(row_best_ptr + offs_s, best, mask=mask_s)
 
 
 @triton.jit
@@ -260,6 +268,9 @@ def linear_cross_entropy_forward_(
     softcap: float,
     scale: float,
     keys: Tensor | None,
+    first_class: int = 0,
+    row_max: Tensor | None = None,
+    row_best: Tensor | None = None,
 ) -> None:
     """Write loss, hit and lse of every row; allocates its workspace, at most 9 MB, or 25 MB where labels are drawn.
 
@@ -274,6 +285,9 @@ def linear_cross_entropy_forward_(
         softcap: 0 for none.
         scale: Factor of the logits.
         keys: `[S]` int64, contiguous: draw the labels from the softmax of the logits, with these keys; or None.
+        first_class: What the draws call the first class; labels stay relative to it.
+        row_max: `[S]` float32 or None, written: the largest logit.
+        row_best: `[S]` float32 or None, written where labels are drawn: the label's arrival, relative to `row_max`.
     """
     (rows, hidden), vocabulary = input.shape, weight.shape[0]
     if rows == 0:
@@ -299,11 +313,12 @@ def linear_cross_entropy_forward_(
         at_label.fill_(torch.nan)
         _forward_kernel[(cdiv(size, settings.block_s) * splits,)](
             input[r], weight, bias, label, None if keys is None else keys[r], *partials, size, hidden, vocabulary,
-            splits, tiles_per_split, *input.stride(), *weight.stride(), scale, softcap, sample,
+            splits, tiles_per_split, first_class, *input.stride(), *weight.stride(), scale, softcap, sample,
             **tile_options(settings, input, bias, softcap),
         )  # fmt: skip
         _merge_kernel[(cdiv(size, 128),)](
-            loss[r], hit[r], lse[r], label, *partials, size, splits, tiles_per_split * settings.block_v, sample,
+            loss[r], hit[r], lse[r], label, *partials, None if row_max is None else row_max[r],
+            None if row_best is None else row_best[r], size, splits, tiles_per_split * settings.block_v, sample,
             BLOCK_S=128, num_warps=4,
         )  # fmt: skip
 

@@ -62,7 +62,7 @@ def tile_settings(
     if arch.startswith("gfx"):
         return TileSettings(128, 128, 32, 32, 8, 2)  # 64 KB of LDS
     aligned = hidden % 64 == 0 and contiguous
-    if samples and arch != "sm_90":
+    if samples and not (arch == "sm_90" and aligned):
         return TileSettings(128, 64, 64 if aligned else 32, 32, 8, 3)  # 128 x 128 spills 24 to 330 bytes
     if not aligned:
         return TileSettings(128, 128, 32, 32, 8, 3)  # loads need masks or many addresses: wider tiles spill
