@@ -378,7 +378,7 @@ def test_a_state_of_an_invalid_estimate_is_refused(
     def fail(*_: Any) -> None:
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr("fastforget.fisher.gradients.Elementwise.accumulate_", fail)
+    monkeypatch.setattr("fastforget.fisher.gradients.Elementwise.reduce_", fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         fisher.update(**batch)
     with pytest.raises(ValueError, match="the estimate is invalid"):

@@ -378,7 +378,7 @@ class DiagonalFisher:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return next(iter(self._sums.tensors.values())).dtype
+        return self._sums.dtype
 
     def _convention(self) -> Tensor:
         """`[4]` int64: which of its values each argument has, and the number of further samples."""

@@ -70,16 +70,6 @@ class Examples:
             owner = owner.masked_fill(~rows.attended, -1)
         return cls(owner, count, weights, ids)
 
-    def note_edges(self, fisher: Tensor) -> None:
-        """Remember whether sums stayed finite: what is not, in a token's gradient or activation, is in a whole row or column.
-
-        Args:
-            fisher: Sums that squares were just added to.
-        """
-        self.edges.append(fisher[..., :1].sum() if fisher.ndim else fisher.clone())
-        if fisher.ndim > 1:
-            self.edges.append(fisher[..., :1, :].sum())
-
     @property
     def suspect(self) -> bool:
         """Whether something that was added is not finite, unknown for which example."""

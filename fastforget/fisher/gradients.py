@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastforget.fisher.examples import Examples
-from fastforget.ops import fisher_accumulate_
+from fastforget.fisher.reductions import Reduction
 
 __all__ = [
     "Elementwise",
@@ -31,7 +31,7 @@ __all__ = [
     "PerExample",
     "Piece",
     "PositionError",
-    "accumulate_",
+    "reduce_",
     "segment_sums",
 ]
 
@@ -51,8 +51,8 @@ class PositionError(Exception):
 class Piece(Protocol):
     """The gradients of every example through one use of a parameter."""
 
-    def accumulate_(self, fisher: Tensor, examples: Examples, how: How) -> None:
-        """Add `sum_b w_b G_b^2` to `fisher`."""
+    def reduce_(self, into: Reduction, examples: Examples, how: How) -> None:
+        """Hand the gradients over."""
         ...
 
     def example(self, shape: torch.Size, examples: Examples, b: int) -> Tensor:
@@ -60,18 +60,18 @@ class Piece(Protocol):
         ...
 
 
-def accumulate_(fisher: Tensor, pieces: Sequence[Piece], examples: Examples, how: How) -> None:
-    """Add `sum_b w_b (sum_u G_b^u)^2` to `fisher`.
+def reduce_(into: Reduction, pieces: Sequence[Piece], examples: Examples, how: How) -> None:
+    """Hand over the gradients `G_b = sum_u G_b^u` of a parameter.
 
     Args:
-        fisher: The parameter's accumulator, whole, changed in place.
+        into: The parameter's reduction, whole.
         pieces: One for every use of the parameter in this backward.
         examples: Of the batch.
         how: See `How`.
     """
     if len(pieces) == 1 or how.positions:
         for piece in pieces:
-            piece.accumulate_(fisher, examples, how)
+            piece.reduce_(into, examples, how)
         return
     lookups = [piece for piece in pieces if isinstance(piece, Lookup)]
     heads = [piece for piece in pieces if isinstance(piece, HeadRows)]
@@ -81,16 +81,16 @@ def accumulate_(fisher: Tensor, pieces: Sequence[Piece], examples: Examples, how
         # A tied head and embedding: squares of both, and twice the product on the rows of an example's own tokens.
         dense = heads[0] if heads else _joined_outer(outers) if outers else None
         if dense:
-            dense.accumulate_(fisher, examples, how)
+            dense.reduce_(into, examples, how)
         if lookups:
             other = (lambda b, rows: dense.rows(examples, b, rows)) if dense else None
-            _joined_lookup(lookups).accumulate_(fisher, examples, how, other)
+            _joined_lookup(lookups).reduce_(into, examples, how, other)
     else:
         for b in range(examples.count):
-            gradient = pieces[0].example(fisher.shape, examples, b)
+            gradient = pieces[0].example(into.shape, examples, b)
             for piece in pieces[1:]:
-                gradient = gradient + piece.example(fisher.shape, examples, b)
-            fisher += examples.weights[b] * gradient.square()
+                gradient = gradient + piece.example(into.shape, examples, b)
+            into.one_(gradient, b, examples.weights[b])
 
 
 @dataclass
@@ -101,16 +101,11 @@ class Outer:
     grad_outputs: Tensor  # [R, n, O]
     grad_weight: Tensor | None = None  # [O, I], also receives sum_b G_b
 
-    def accumulate_(self, fisher: Tensor, examples: Examples, how: How) -> None:
+    def reduce_(self, into: Reduction, examples: Examples, how: How) -> None:
         """See `Piece`."""
         segments = examples.segments(self.activations.shape[1], positions=how.positions)
         a, d = segments.take(self.activations), segments.take(self.grad_outputs)
-        if fisher.dtype == torch.float64 != d.dtype:  # a router that computes in float32 whatever the model's dtype
-            for start, end, weight in zip(*segments.offsets.unfold(0, 2, 1).T.tolist(), segments.weights, strict=True):
-                fisher += weight * (d[start:end].T @ a[start:end]).double().square()
-            return
-        options = {"weights": segments.weights, "grad_weight": self.grad_weight, "impl": how.impl}
-        fisher_accumulate_(fisher, a, d, segments.offsets, **options)
+        into.outer_(a, d, segments.offsets, segments.weights, grad_weight=self.grad_weight, impl=how.impl)
 
     def example(self, shape: torch.Size, examples: Examples, b: int) -> Tensor:
         """See `Piece`."""
@@ -130,8 +125,8 @@ class HeadRows:
     rows_of: Callable[[int, Tensor], Tensor] | None = None
     """Of a tied weight."""
 
-    def accumulate_(self, fisher: Tensor, examples: Examples, how: How) -> None:
-        """Nothing is left to add."""
+    def reduce_(self, into: Reduction, examples: Examples, how: How) -> None:
+        """Nothing is left to hand over."""
 
     def rows(self, examples: Examples, b: int, rows: Tensor) -> Tensor:
         """Rows `[U]` of G_b, `[U, H]`."""
@@ -151,14 +146,14 @@ class Lookup:
     grad_outputs: Tensor  # [R, n, H]
     padding_idx: int | None = None  # its row has no gradient
 
-    def accumulate_(
+    def reduce_(
         self,
-        fisher: Tensor,
+        into: Reduction,
         examples: Examples,
         how: How,
         other: Callable[[int, Tensor], Tensor] | None = None,
     ) -> None:
-        """Add `sum_b w_b (G_b^2 + 2 G_b G'_b)` on the rows that occur, where `other(b, rows)` gives rows of G'_b."""
+        """See `Piece`; `other(b, rows)` gives those rows of what other uses have handed over."""
         owner, index, d = self._tokens(examples)
         segment = torch.arange(len(owner), device=owner.device) if how.positions else owner
         bound = len(owner) if how.positions else examples.count
@@ -169,13 +164,11 @@ class Lookup:
             return
         gradient = torch.segment_reduce(d[order], "sum", lengths=counts)  # [U, H]
         row, example = pair // bound, owner[order][counts.cumsum(0) - 1]
-        square = gradient * gradient
+        others = torch.zeros_like(gradient) if other else None
         for b in example.unique().tolist() if other else ():
             here = (example == b).nonzero()[:, 0]
-            square[here] += 2 * gradient[here] * other(b, row[here])  # type: ignore[misc]
-        square *= examples.weights[example, None]
-        touched, counts = torch.unique_consecutive(row, return_counts=True)
-        fisher[touched] += torch.segment_reduce(square, "sum", lengths=counts)
+            others[here] = other(b, row[here])  # type: ignore[misc, index]
+        into.rows_(row, example, gradient, others, examples.weights[example])
         examples.nonfinite[example[~gradient.isfinite().all(1)]] = True
 
     def example(self, shape: torch.Size, examples: Examples, b: int) -> Tensor:
@@ -207,10 +200,10 @@ class Elementwise:
     gradients: Tensor  # in the layout of the module's output: [R, ..., *parameter] or [R * T, ..., *parameter]
     features: int = 1  # dimensions of the parameter
 
-    def accumulate_(self, fisher: Tensor, examples: Examples, how: How) -> None:
+    def reduce_(self, into: Reduction, examples: Examples, how: How) -> None:
         """See `Piece`."""
         gradient, weights = self._per_segment(examples, how.positions)  # [segments, parameter's elements]
-        fisher += torch.mv(gradient.square().T, weights).view(fisher.shape)
+        into.dense_(gradient, weights)
         if how.positions:
             examples.edges.append(gradient.sum())
         else:
@@ -244,12 +237,12 @@ class PerExample:
 
     gradients: Tensor  # [B, *parameter]
 
-    def accumulate_(self, fisher: Tensor, examples: Examples, how: How) -> None:
+    def reduce_(self, into: Reduction, examples: Examples, how: How) -> None:
         """See `Piece`."""
         if how.positions:
             raise PositionError
-        gradients = self.gradients.reshape(examples.count, -1).to(fisher.dtype)
-        fisher += torch.mv(gradients.square().T, examples.weights).view(fisher.shape)
+        gradients = self.gradients.reshape(examples.count, -1).to(examples.weights.dtype)
+        into.dense_(gradients, examples.weights)
         examples.nonfinite |= ~gradients.isfinite().all(1)
 
     def example(self, shape: torch.Size, examples: Examples, b: int) -> Tensor:
@@ -263,13 +256,13 @@ class Looped:
 
     compute: Callable[[int], Tensor]
 
-    def accumulate_(self, fisher: Tensor, examples: Examples, how: How) -> None:
+    def reduce_(self, into: Reduction, examples: Examples, how: How) -> None:
         """See `Piece`."""
         if how.positions:
             raise PositionError
         for b in range(examples.count):
-            gradient = self.example(fisher.shape, examples, b)
-            fisher += examples.weights[b] * gradient.square()
+            gradient = self.example(into.shape, examples, b)
+            into.one_(gradient, b, examples.weights[b])
             examples.nonfinite[b] |= ~gradient.sum().isfinite()
 
     def example(self, shape: torch.Size, examples: Examples, b: int) -> Tensor:
@@ -286,7 +279,7 @@ class Experts:
     transposed: bool = False
     """The weights are `[E, I, O]`."""
 
-    def accumulate_(self, fisher: Tensor, examples: Examples, how: How) -> None:
+    def reduce_(self, into: Reduction, examples: Examples, how: How) -> None:
         """See `Piece`."""
         for expert, a, d, owner, offsets in self.experts:
             a, d = (d, a) if self.transposed else (a, d)
@@ -294,7 +287,7 @@ class Experts:
             if how.positions:
                 offsets = torch.arange(len(owner) + 1, dtype=torch.int32, device=owner.device)
                 weights = weights[owner]
-            fisher_accumulate_(fisher[expert], a, d, offsets, weights=weights, impl=how.impl)
+            into[expert].outer_(a, d, offsets, weights, grad_weight=None, impl=how.impl)
 
     def example(self, shape: torch.Size, examples: Examples, b: int) -> Tensor:
         """See `Piece`."""

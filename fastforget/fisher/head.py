@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from fastforget._head import LogitTransform, active_adapters, base_linear, head_weight
 from fastforget.fisher.examples import Examples, offsets_of
 from fastforget.fisher.gradients import HeadRows, segment_sums
+from fastforget.fisher.reductions import Reduction
 from fastforget.fisher.tape import Tape
 from fastforget.fisher.watched import Watched
-from fastforget.ops import fisher_accumulate_, linear_cross_entropy
+from fastforget.ops import linear_cross_entropy
 from fastforget.ops._logit_gradient import ExponentialBlocks, logit_gradient_blocks
 
 __all__ = ["FusedHead"]
@@ -146,17 +147,17 @@ def _backward(
     segment = torch.arange(count, device=x.device) if tape.how.positions else run.owner
     offsets = offsets_of(segment, count)
     weights = examples.weights[run.owner] if tape.how.positions else examples.weights
-    options = {"weights": weights, "impl": fused.impl}
+    options = {"weights": weights, "grad_weight": None, "impl": fused.impl}
     linear = base_linear(fused.head)
     with contextlib.ExitStack() as stack:
 
-        def sums_of(module: nn.Module, attribute: str) -> Tensor | None:
+        def reduction_of(module: nn.Module, attribute: str) -> Reduction | None:
             name = fused.names.get((module, attribute))
-            return stack.enter_context(tape.sums.whole(name)) if name in tape.selected else None  # type: ignore[arg-type]
+            return stack.enter_context(tape.reductions.reduction(name)) if name in tape.selected else None  # type: ignore[arg-type]
 
-        fisher, fisher_bias = sums_of(linear, "weight"), sums_of(linear, "bias")
+        of_weight, of_bias = reduction_of(linear, "weight"), reduction_of(linear, "bias")
         adapters = [
-            _Adapter(x, module_a, module_b, scaling, sums_of(module_a, "weight"), sums_of(module_b, "weight"))
+            _Adapter(x, module_a, module_b, scaling, reduction_of(module_a, "weight"), reduction_of(module_b, "weight"))
             for module_a, module_b, scaling in active_adapters(fused.head)
         ]
         grad_input = torch.zeros_like(x, dtype=examples.weights.dtype)
@@ -168,23 +169,22 @@ def _backward(
                 x, weight, bias, labels, lse, grad, softcap, transform.scale, fused.impl, grad_input
             )
         for columns, dz in blocks:
-            if fisher is not None:
-                fisher_accumulate_(fisher[columns], x, dz, offsets, **options)
-            if fisher_bias is not None:
-                sums = segment_sums(dz.to(fisher_bias.dtype), offsets)
-                fisher_bias[columns] += torch.mv(sums.square().T, weights)
+            if of_weight is not None:
+                of_weight[columns].outer_(x, dz, offsets, **options)
+            if of_bias is not None:
+                of_bias[columns].dense_(segment_sums(dz.to(weights.dtype), offsets), weights)
             for adapter in adapters:
                 adapter.add_block(columns, dz, offsets, options)
         for adapter in adapters:
             adapter.finish(offsets, options)
-    for attribute, value in (("weight", fisher), ("bias", fisher_bias)):
+    for attribute, value in (("weight", of_weight), ("bias", of_bias)):
         if value is not None:
             name = fused.names[linear, attribute]
             tied = attribute == "weight" and name in fused.tied
             rows = _rows_of(run, x, weight, bias, labels, lse, grad, offsets) if tied else None
             tape.add(examples, name, HeadRows(rows))
     for adapter, (module_a, module_b, _) in zip(adapters, active_adapters(fused.head), strict=True):
-        for module, value in ((module_a, adapter.fisher_a), (module_b, adapter.fisher_b)):
+        for module, value in ((module_a, adapter.of_a), (module_b, adapter.of_b)):
             if value is not None:
                 tape.add(examples, fused.names[module, "weight"], HeadRows())
     return grad_input.to(x.dtype)
@@ -198,8 +198,8 @@ class _Adapter:
     module_a: Any
     module_b: Any
     scaling: float
-    fisher_a: Tensor | None
-    fisher_b: Tensor | None
+    of_a: Reduction | None
+    of_b: Reduction | None
 
     def __post_init__(self) -> None:
         self.a, self.b = (module.weight.detach().to(self.x.dtype) for module in (self.module_a, self.module_b))
@@ -208,16 +208,16 @@ class _Adapter:
 
     def add_block(self, columns: slice, dz: Tensor, offsets: Tensor, options: dict[str, Any]) -> None:
         """One block of the vocabulary."""
-        if self.fisher_b is not None:
-            fisher_accumulate_(self.fisher_b[columns], self.down, dz.to(self.x.dtype), offsets, **options)
-        if self.fisher_a is not None:
+        if self.of_b is not None:
+            self.of_b[columns].outer_(self.down, dz.to(self.x.dtype), offsets, **options)
+        if self.of_a is not None:
             dtype = self.grad_down.dtype
             self.grad_down.addmm_(dz.to(dtype), self.b[columns].to(dtype), alpha=self.scaling)
 
     def finish(self, offsets: Tensor, options: dict[str, Any]) -> None:
         """After the last block."""
-        if self.fisher_a is not None:
-            fisher_accumulate_(self.fisher_a, self.x, self.grad_down.to(self.x.dtype), offsets, **options)
+        if self.of_a is not None:
+            self.of_a.outer_(self.x, self.grad_down.to(self.x.dtype), offsets, **options)
 
 
 def _rows_of(

@@ -197,7 +197,7 @@ class Observer:
             self._refuse_mixed_rows(call)
         counted = owner[:, 1:][target]
         tokens = torch.bincount(counted, minlength=count)
-        dtype = next(iter(self.tape.sums.tensors.values())).dtype
+        dtype = self.tape.reductions.dtype
         weights = example_weights(self.weights, count, dtype, ids.device)
         denominator = self.denominator
         if denominator is None:

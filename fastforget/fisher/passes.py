@@ -275,7 +275,6 @@ def choose_rules_on(watched: Watched, sums: Sums, impl: str) -> dict[str, int]:
     ids, mask = made_up_tokens(watched)
     rows = pack_rows(ids, mask, ids.masked_fill(mask == 0, IGNORE), None)
     transform = transform_of(watched, rows.input_ids, impl)
-    dtype = next(iter(sums.tensors.values())).dtype
     owner = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids).masked_fill(mask == 0, -1)
 
     eps = _epsilon(watched, rows)
@@ -288,10 +287,10 @@ def choose_rules_on(watched: Watched, sums: Sums, impl: str) -> dict[str, int]:
         return watched.gradients_of(nn.functional.cross_entropy(logits, target))
 
     def measure(comparison: Comparison) -> Tape:
-        weights = torch.zeros(len(ids), dtype=dtype, device=ids.device)
+        weights = torch.zeros(len(ids), dtype=sums.dtype, device=ids.device)
         weights[-1] = 1
         examples = Examples(owner, len(ids), weights, list(range(len(ids))))
-        tape = Tape(watched.owners, comparison, watched.selected, {}, True, How(impl=impl), failures={})  # type: ignore[arg-type]
+        tape = Tape(watched.owners, comparison, watched.selected, {}, True, How(impl=impl), failures={})
         with warnings.catch_warnings():  # a module that is tried on other shapes may warn of anything
             warnings.simplefilter("ignore")
             try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from fastforget.fisher.reductions import Squares
 from fastforget.ops import square_accumulate_
 
 __all__ = ["Sums", "accumulator_dtype"]
@@ -42,6 +43,11 @@ class Sums:
                 pin_memory=moved and local.device.type == "cuda",
             )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the accumulators."""
+        return next(iter(self.tensors.values())).dtype
+
     @contextlib.contextmanager
     def whole(self, name: str) -> Iterator[Tensor]:
         """The accumulator of `name` in the parameter's full shape on its device, to be added to.
@@ -67,6 +73,19 @@ class Sums:
             yield moved
             if moved is not total:
                 total.copy_(moved, non_blocking=True)
+
+    @contextlib.contextmanager
+    def reduction(self, name: str) -> Iterator[Squares]:
+        """Adds the squares of per-example gradients to the accumulator of `name`.
+
+        Args:
+            name: The parameter's.
+
+        Yields:
+            The reduction.
+        """
+        with self.whole(name) as fisher:
+            yield Squares(fisher)
 
     def add_squares(self, gradients: Mapping[str, Tensor], impl: str) -> None:
         """Add the squares of gradients.

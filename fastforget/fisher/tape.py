@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from fastforget._head import current_forward, swapped_forward
 from fastforget.fisher.examples import Examples, LayoutError
-from fastforget.fisher.gradients import How, Piece, PositionError, accumulate_
+from fastforget.fisher.gradients import How, Piece, PositionError, reduce_
 from fastforget.fisher.graph import Seen, in_backward
 
 if TYPE_CHECKING:
-    from fastforget.fisher.sums import Sums
+    from fastforget.fisher.reductions import Reductions
 
 __all__ = ["TIERS", "NoRule", "Owner", "Tape", "tap"]
 
@@ -94,7 +94,7 @@ class Tape:
     """One activation of an estimator: owners' forwards are swapped, and pieces are accumulated as they arrive."""
 
     owners: list[Owner]
-    sums: Sums
+    reductions: Reductions
     selected: frozenset[str]
     """Names whose Fisher is wanted."""
     expected: dict[str, int]
@@ -315,11 +315,11 @@ class Tape:
         with (
             torch.no_grad(),
             torch.autocast(examples.owner.device.type, enabled=False),
-            self.sums.whole(name) as fisher,
+            self.reductions.reduction(name) as into,
         ):
             try:
-                accumulate_(fisher, pieces, examples, self.how)
-                examples.note_edges(fisher)
+                reduce_(into, pieces, examples, self.how)
+                examples.edges.extend(into.edges())
             except PositionError as error:
                 raise ValueError(
                     f'per: "position" is not defined for {name}, whose rule sees whole examples; exclude it by parameters=, '

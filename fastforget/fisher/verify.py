@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from fastforget.fisher.reductions import Squares
 from fastforget.fisher.rules import MODULES
 from fastforget.fisher.sums import Sums
 from fastforget.fisher.tape import TIERS, Owner, Tape
@@ -57,15 +58,20 @@ class Comparison:
     kept: dict[str, Tensor] = field(default_factory=dict)
     """Accumulators by name. The head's is added to twice where it is tied; the others are let go."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the accumulators."""
+        return self.sums.dtype
+
     @contextlib.contextmanager
-    def whole(self, name: str) -> Iterator[Tensor]:
-        """An empty accumulator, or that of the head before."""
+    def reduction(self, name: str) -> Iterator[Squares]:
+        """Into an empty accumulator, or that of the head before."""
         parameter, dtype = self.sums.parameters[name], self.sums.tensors[name].dtype
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         fisher = self.kept.get(name)
         if fisher is None:
             fisher = torch.zeros(parameter.shape, dtype=dtype, device=local.device)
-        yield fisher
+        yield Squares(fisher)
         if name in self.keep:
             self.kept[name] = fisher
         if isinstance(parameter, DTensor):
