@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,9 +34,6 @@ from fastforget.fisher.watched import Filter, Watched, local, uncompiled
 from fastforget.perplexity import IGNORE, check_batch, pack_rows
 
 __all__ = ["DiagonalFisher"]
-
-_ACTIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models whose forwards are swapped now."""
 
 _CONVENTION: dict[str, tuple[str, ...]] = {
     "per": ("example", "position", "batch_mean"),
@@ -399,22 +395,8 @@ class DiagonalFisher:
     def _active(self) -> Iterator[None]:
         """One estimator at a time on a model."""
         self._refuse_invalid()
-        self._watched.refuse_changes()
-        if torch.is_inference_mode_enabled():
-            raise ValueError(
-                "fisher: gradients are needed, got torch.inference_mode(); leave it, or use torch.no_grad()"
-            )
-        base = self._watched.base
-        if base in _ACTIVE:
-            raise ValueError(
-                "fisher: an estimator is active on this model already; leave its `with observe()` block before you call "
-                "update() or observe() again"
-            )
-        _ACTIVE.add(base)
-        try:
+        with self._watched.active():
             yield
-        finally:
-            _ACTIVE.discard(base)
 
     @contextlib.contextmanager
     def _all_or_invalid(self, begun: Callable[[], bool]) -> Iterator[None]:

@@ -152,25 +152,32 @@ class Squares:
 
 
 class Products:
-    """Adds inner products, one an example; weights do not matter.
+    """Adds inner products with a Fisher and with `fisher * (parameter - anchor)`, one an example; weights do not matter.
 
     Args:
         fisher: Of the parameter.
-        direction: Of the parameter.
+        parameter: Its present values.
+        anchor: Other values of it.
         dot: `[B]`, changed in place.
         norm: `[B]`, changed in place.
     """
 
-    def __init__(self, fisher: Tensor, direction: Tensor, dot: Tensor, norm: Tensor) -> None:
-        self.fisher, self.direction, self.dot, self.norm = fisher, direction, dot, norm
+    def __init__(self, fisher: Tensor, parameter: Tensor, anchor: Tensor, dot: Tensor, norm: Tensor) -> None:
+        self.fisher, self.parameter, self.anchor, self.dot, self.norm = fisher, parameter, anchor, dot, norm
 
     @property
     def shape(self) -> torch.Size:
         """See `Reduction`."""
         return self.fisher.shape
 
+    @property
+    def direction(self) -> Tensor:
+        """Computed where it is needed, of a block of the head's rows at a time: as large as the parameter otherwise."""
+        dtype = self.fisher.dtype
+        return (self.parameter.to(dtype) - self.anchor.to(dtype)).mul_(self.fisher)
+
     def __getitem__(self, part: Any) -> Products:
-        return Products(self.fisher[part], self.direction[part], self.dot, self.norm)
+        return Products(self.fisher[part], self.parameter[part], self.anchor[part], self.dot, self.norm)
 
     def outer_(
         self, a: Tensor, d: Tensor, offsets: Tensor, weights: Tensor, *, grad_weight: Tensor | None = None, impl: str
@@ -199,8 +206,9 @@ class Products:
             square += 2 * gradient * other
         examples, order = torch.sort(examples, stable=True)
         touched, counts = torch.unique_consecutive(examples, return_counts=True)
-        for total, factor, values in ((self.dot, self.direction, gradient), (self.norm, self.fisher, square)):
-            by_row = (values * factor[rows]).sum(1)[order]
+        here = self[rows]
+        for total, factor, values in ((self.dot, here.direction, gradient), (self.norm, here.fisher, square)):
+            by_row = (values * factor).sum(1)[order]
             total[touched] += torch.segment_reduce(by_row, "sum", lengths=counts)
 
     def edges(self) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -26,6 +27,8 @@ Filter = str | Sequence[str] | Callable[[str], bool] | None
 
 
 logger = logging.getLogger("fastforget")
+_ACTIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models whose forwards are swapped now."""
 
 
 class Watched:
@@ -149,6 +152,32 @@ class Watched:
                 "model: other parameters require a gradient, or have another dtype, than when the estimator was made; make "
                 "a new DiagonalFisher, and leave parameters out by parameters="
             )
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """The model is watched inside, by this alone.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            ValueError: Something else watches it, it has changed, or no gradients can be had.
+        """
+        self.refuse_changes()
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "fisher: gradients are needed, got torch.inference_mode(); leave it, or use torch.no_grad()"
+            )
+        if self.base in _ACTIVE:
+            raise ValueError(
+                "fisher: an estimator is active on this model already; leave its `with observe()` block before you call "
+                "update() or observe() again"
+            )
+        _ACTIVE.add(self.base)
+        try:
+            yield
+        finally:
+            _ACTIVE.discard(self.base)
 
     @property
     def sharded(self) -> bool:

@@ -17,7 +17,7 @@ from fastforget.ops._examples import accumulator
 from fastforget.ops._tensor_lists import FLOATS, chunks, dense
 from fastforget.update.checkpoints import read_weights
 
-__all__ = ["anchor_tensors", "ewc_penalty"]
+__all__ = ["anchor_tensors", "check_anchor", "ewc_penalty"]
 
 
 def ewc_penalty(model: nn.Module, fisher: Any, anchor: Any) -> Tensor:
@@ -63,7 +63,7 @@ def ewc_penalty(model: nn.Module, fisher: Any, anchor: Any) -> Tensor:
     values = {canonical_name(name): value for name, value in anchor_tensors(anchor).items()}
     anchors = matched("anchor", values, like, FLOATS, move=isinstance(anchor, str | os.PathLike))
     for name, parameter in parameters.items():
-        _check_anchor(name, values[name], parameter)
+        check_anchor(name, values[name], parameter)
     return _Penalty.apply(list(fishers.values()), list(anchors.values()), *parameters.values())  # type: ignore[return-value]
 
 
@@ -97,11 +97,21 @@ def anchor_tensors(anchor: Any) -> Mapping[str, Tensor]:
     )
 
 
-def _check_anchor(name: str, value: Tensor, parameter: Tensor) -> None:
+def check_anchor(name: str, value: Tensor, parameter: Tensor) -> None:
+    """Refuse an anchor that is the parameter itself, or not finite.
+
+    Args:
+        name: Of the parameter.
+        value: The anchor.
+        parameter: The parameter.
+
+    Raises:
+        ValueError: It is.
+    """
     if value.numel() and value.data_ptr() == parameter.data_ptr():
         raise ValueError(
-            f"anchor[{name!r}]: expected where the parameter is drawn to, got the parameter itself, whose penalty is always "
-            "0; keep a copy with .detach().clone()"
+            f"anchor[{name!r}]: expected other values than the parameter's own, got the parameter itself; keep a copy of where "
+            "it was, with .detach().clone()"
         )
     limit = torch.finfo(accumulator(parameter.dtype)).max
     low, high = extremes(value)

@@ -1,0 +1,1 @@
+"""Learning with forgetting: which examples to forget on the way, and the fine-tuning that does."""
