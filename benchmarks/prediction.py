@@ -115,24 +115,50 @@ def audits(predictor: Any, values: np.ndarray, rows: Sequence[int]) -> dict[str,
     }
 
 
-def surprise_errors(values: np.ndarray, rows: Sequence[int]) -> np.ndarray | None:
-    """The paper's library, where it is installed: RMSE x 100 of its SVD with 5 factors, for the first seed."""
+def surprise_models() -> dict[str, Callable[[], Any]] | None:
+    """The paper's library with the settings of its code (SVD with the 5 factors of its text), where it is installed."""
     if importlib.util.find_spec("surprise") is None:
         return None
-    import pandas as pd
-    from surprise import SVD, Dataset, Reader
+    from surprise import SVD, BaselineOnly, KNNBaseline
 
-    generator, squares, count = np.random.RandomState(0), 0.0, 0
-    known = [(str(i), str(j), values[i, j]) for i in KNOWN for j in range(values.shape[1])]
-    reader = Reader(rating_scale=(float(values.min()), float(values.max())))
-    for row in rows:
-        seen = random_columns(None, values, row, generator)
-        frame = pd.DataFrame(known + [("new", str(j), values[row, j]) for j in seen], columns=["u", "i", "r"])
-        model = SVD(n_factors=5, random_state=0).fit(Dataset.load_from_df(frame, reader).build_full_trainset())
-        hidden = np.setdiff1d(np.arange(values.shape[1]), seen)
-        squares += sum((model.predict("new", str(j)).est - values[row, j]) ** 2 for j in hidden)
-        count += len(hidden)
-    return np.array([100 * np.sqrt(squares / count)])
+    return {
+        "BaselineOnly, ALS": lambda: BaselineOnly({"n_epochs": 100}, verbose=False),
+        "BaselineOnly, SGD": lambda: BaselineOnly({"method": "sgd", "n_epochs": 100}, verbose=False),
+        "KNNBaseline": lambda: KNNBaseline(verbose=False),
+        "SVD": lambda: SVD(n_factors=5, n_epochs=100, random_state=0),
+    }
+
+
+def surprise_errors(values: np.ndarray, rows: Sequence[int], model: Callable[[], Any]) -> dict[str, Any]:
+    """Squared errors as of `errors`; every new row is another fit, whose seconds count."""
+    import pandas as pd
+    from surprise import Dataset, Reader
+
+    task, example = np.meshgrid(KNOWN, np.arange(values.shape[1]), indexing="ij")
+    known = np.stack([task.ravel(), example.ravel(), values[KNOWN].ravel()], 1)
+    squares, counts, start = [], [], time.perf_counter()
+    for seed in SEEDS:
+        generator = np.random.RandomState(seed)
+        for row in rows:
+            seen = random_columns(None, values, row, generator)
+            own = np.stack([np.full(len(seen), row), seen, values[row, seen]], 1)
+            frame = pd.DataFrame(np.concatenate([known, own]), columns=["user", "item", "rating"])
+            fitted = model().fit(Dataset.load_from_df(frame, Reader(rating_scale=(-100, 100))).build_full_trainset())
+            hidden = np.setdiff1d(np.arange(values.shape[1]), seen)
+            predicted = np.array([fitted.predict(float(row), float(j)).est for j in hidden])
+            squares.append(float(np.square(predicted - values[row, hidden]).sum()))
+            counts.append(len(hidden))
+    shape = len(SEEDS), len(rows)
+    seconds = (time.perf_counter() - start) / len(squares)
+    return {"squares": np.reshape(squares, shape), "counts": np.reshape(counts, shape), "seconds": seconds}
+
+
+def summarised(own: dict[str, Any], svd: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table."""
+    each = pooled(own)
+    row = {"rmse": float(each.mean()), "deviation": float(each.std(ddof=1)), "against svd": difference(own, svd)}
+    coverage = {"coverage": float(own["inside"].mean())} if "inside" in own else {}
+    return row | coverage | {"seconds": own["seconds"]}
 
 
 def measured(values: np.ndarray) -> dict[str, Any]:
@@ -142,20 +168,12 @@ def measured(values: np.ndarray) -> dict[str, Any]:
     for split, rows in SPLITS.items():
         found = {method: errors(predictors[method], values, rows, random_columns) for method in METHODS}
         found["robust, chosen columns"] = errors(predictors["robust"], values, rows, chosen_columns)
-        table = {}
-        for name, own in found.items():
-            each = pooled(own)
-            table[name] = {
-                "rmse": float(each.mean()),
-                "deviation": float(each.std(ddof=1)),
-                "against svd": difference(own, found["svd"]),
-                "coverage": float(own["inside"].mean()),
-                "seconds": own["seconds"],
-            }
-        theirs = surprise_errors(values, rows)
-        table["scikit-surprise SVD"] = (
-            {"unavailable": "not installed"} if theirs is None else {"rmse": float(theirs[0])}
-        )
+        theirs = surprise_models()
+        for name, model in (theirs or {}).items():
+            found[f"scikit-surprise {name}"] = surprise_errors(values, rows, model)
+        table: dict[str, Any] = {name: summarised(own, found["svd"]) for name, own in found.items()}
+        if theirs is None:
+            table["scikit-surprise"] = {"unavailable": "not installed"}
         record["splits"][split] = {"table": table, "audit": audits(predictors["robust"], values, rows)}
     return record
 
@@ -172,12 +190,11 @@ def table(record: dict[str, Any]) -> str:
             continue
         cells = [name]
         for row in rows:
-            mean, low, high = row.get("against svd", (0.0, 0.0, 0.0))
+            mean, low, high = row["against svd"]
             against = "" if low == high else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
-            spread = f" +- {row['deviation']:.2f}" if "deviation" in row else ""
-            cells += [f"{row['rmse']:.2f}{spread}", against]
+            cells += [f"{row['rmse']:.2f} +- {row['deviation']:.2f}", against]
         held = ", ".join(f"{row['coverage']:.0%}" for row in rows if "coverage" in row)
-        speed = f"{1000 * max(row['seconds'] for row in rows):.0f}" if "seconds" in rows[0] else ""
+        speed = f"{1000 * max(row['seconds'] for row in rows):.0f}"
         lines.append(f"| {' | '.join(cells)} | {held} | {speed} |")
     return "\n".join(lines)
 

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from fastforget.fisher.estimator import DiagonalFisher
     from fastforget.fisher.files import combine_fishers, load_fisher
     from fastforget.fisher.rules import fisher_rule
+    from fastforget.graceful.confidence import forgetting_confidence
     from fastforget.matrix import ForgettingMatrix, forgetting_matrix
     from fastforget.perplexity import log_perplexity
     from fastforget.prediction import ForgettingPredictor, analyse, example_representations
+    from fastforget.replay import OnlineReplay, ReplayMixer, replay_weights
     from fastforget.update.dampening import selective_dampening_
     from fastforget.update.deltas import add_delta_, load_delta, parameter_delta, save_delta
     from fastforget.update.masks import load_mask, mask_updates, save_mask, trainable_mask
@@ -26,6 +28,8 @@ __all__ = [
     "FisherCallback",
     "ForgettingMatrix",
     "ForgettingPredictor",
+    "OnlineReplay",
+    "ReplayMixer",
     "add_delta_",
     "analyse",
     "combine_fishers",
@@ -33,6 +37,7 @@ __all__ = [
     "example_representations",
     "fisher_merge",
     "fisher_rule",
+    "forgetting_confidence",
     "forgetting_matrix",
     "load_delta",
     "load_fisher",
@@ -43,6 +48,7 @@ __all__ = [
     "optim",
     "parameter_delta",
     "reference",
+    "replay_weights",
     "save_delta",
     "save_mask",
     "selective_dampening_",
@@ -55,12 +61,16 @@ _HOME = {
     "combine_fishers": "fastforget.fisher.files",
     "fisher_rule": "fastforget.fisher.rules",
     "load_fisher": "fastforget.fisher.files",
+    "forgetting_confidence": "fastforget.graceful.confidence",
     "ForgettingMatrix": "fastforget.matrix",
     "forgetting_matrix": "fastforget.matrix",
     "log_perplexity": "fastforget.perplexity",
     "ForgettingPredictor": "fastforget.prediction",
     "analyse": "fastforget.prediction",
     "example_representations": "fastforget.prediction",
+    "OnlineReplay": "fastforget.replay",
+    "ReplayMixer": "fastforget.replay",
+    "replay_weights": "fastforget.replay",
     "ewc_penalty": "fastforget.update.penalty",
     "add_delta_": "fastforget.update.deltas",
     "fisher_merge": "fastforget.update.merging",

@@ -85,7 +85,7 @@ def matrix(
         list[str], typer.Option(metavar="[NAME=]DIR_OR_ID", help="Checkpoint or PEFT adapter, as often as needed.")
     ],
     upstream: Annotated[str, typer.Option(help="Upstream examples: .jsonl, .parquet, .txt, or a datasets id.")],
-    out: Annotated[Path, typer.Option(help="Folder of the results; the same command continues a stopped run.")],
+    out: Annotated[str, typer.Option(help="Folder or URL of the results; the same command continues a stopped run.")],
     max_length: Annotated[int | None, typer.Option(help="Tokens an example may have; default: the model's.")] = None,
     tokens_per_batch: Annotated[int | None, typer.Option(help="Token budget of a batch; default: by device.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")] = None,
@@ -97,6 +97,17 @@ def matrix(
     noise_examples: Annotated[int, typer.Option(help="Examples that measure the noise floor; 0: none.")] = 32,
     check_adapter_base: Annotated[bool, typer.Option(help="Refuse adapters that name another base.")] = True,
     progress: Annotated[bool, typer.Option(help="Show the progress bar.")] = True,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the models with torch.compile.")] = False,
+    predict: Annotated[int | None, typer.Option(metavar="S", help="Evaluate S examples, predict the rest.")] = None,
+    known: Annotated[str | None, typer.Option(help="Finished matrix of other tasks, for --predict.")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Compute block I of N, from 0; auto: of torchrun or a SLURM array."),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Ray cluster, auto or local: compute there.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Ray workers; default: one a GPU, or one a node.")] = None,
 ) -> None:
     """Build a forgetting matrix, or continue one.
 
@@ -104,12 +115,13 @@ def matrix(
     """
     from fastforget.matrix import forgetting_matrix
 
+    is_url = "://" in out
     run = partial(
         forgetting_matrix,
         base=base,
         tasks=task,
         upstream=upstream,
-        out=out,
+        out=out if is_url else Path(out),
         max_length=max_length,
         tokens_per_batch=tokens_per_batch,
         dtype=dtype,
@@ -121,10 +133,22 @@ def matrix(
         noise_examples=noise_examples,
         check_adapter_base=check_adapter_base,
         progress=progress,
+        compile=compile,
+        predict=predict,
+        known=known,
+        shard=shard,
+        ray=ray,
+        workers=workers,
     )
     result = _stoppable(run)
+    if shard and not result.complete:
+        typer.echo(f"shard {shard} is finished; {result.unfinished.sum():,} values of {out} wait for other drivers")
+        return
     _print_summary(result)
-    _draw(result, out / "heatmap.png")
+    if is_url:
+        typer.echo(f"`fastforget plot {out} --to heatmap.png` draws it")
+    else:
+        _draw(result, Path(out) / "heatmap.png")
 
 
 @app.command()
@@ -243,14 +267,76 @@ def dampen(
 
 
 @app.command()
+def replay(
+    source: Annotated[Path, typer.Argument(help="Folder of a forgetting matrix, or a prediction.parquet.")],
+    count: Annotated[int, typer.Option(help="How many examples are drawn.")],
+    out: Annotated[Path, typer.Option(help="JSONL of the drawn examples.")] = Path("replay.jsonl"),
+    task: Annotated[str | None, typer.Option(help="Which row; needless where there is one.")] = None,
+    matrix: Annotated[Path | None, typer.Option(help="Folder that has the texts of a prediction's examples.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of the softmax; lower ones prefer what is forgotten most.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+) -> None:
+    """Draw the upstream examples to replay, without replacement, by how much they are or will be forgotten."""
+    from fastforget.replay.drawing import draw_to_file
+
+    rows = draw_to_file(source, out, count=count, task=task, matrix=matrix, temperature=temperature, seed=seed)
+    typer.echo(f"wrote {out}: {len(rows)} examples, {sum(row['weight'] for row in rows):.1%} of the weight")
+
+
+@app.command()
+def predict(
+    matrix: Annotated[str, typer.Argument(help="Folder or URL of a forgetting matrix, or an .npz with `values`.")],
+    analyse: Annotated[bool, typer.Option("--analyse", help="Show what the matrix is made of.")] = False,
+    choose: Annotated[
+        int | None, typer.Option(metavar="S", help="Choose S examples to evaluate for a new task.")
+    ] = None,
+    values: Annotated[
+        Path | None,
+        typer.Option(help="JSONL with id or column, and value: predict the rest; with --choose: choose more."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results; of --choose, the JSONL. Default of --analyse: beside the matrix."),
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Largest rank of --analyse.")] = 5,
+    random: Annotated[int | None, typer.Option(help="How many of --choose are drawn at random; default: half.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of that draw.")] = 0,
+    method: Annotated[
+        str, typer.Option(help="robust, svd, additive, knn, or logistic for a binary matrix.")
+    ] = "robust",
+    level: Annotated[float, typer.Option(help="Of the intervals.")] = 0.9,
+    threshold: Annotated[float | None, typer.Option(help="Also estimate the share forgotten by more.")] = None,
+    top: Annotated[int, typer.Option(help="How many of the predicted most forgotten examples are listed.")] = 20,
+) -> None:
+    """Analyse a forgetting matrix, choose what to evaluate for a new task, or predict its whole row from that."""
+    if analyse + (choose is not None or values is not None) != 1:
+        raise ValueError("predict: expected --analyse, --choose or --values, got none or two; give one of them")
+    if out is None and (not analyse or "://" in matrix):
+        raise ValueError("out: expected --out, got none; name the file of --choose, or the folder of the results")
+    from fastforget.prediction import command
+    from fastforget.prediction.files import load_matrix
+
+    known = load_matrix(matrix)
+    if analyse:
+        command.run_analysis(known, out or (Path(matrix) if Path(matrix).is_dir() else Path(matrix).parent), rank)
+    elif choose is not None and out:
+        command.run_choice(known, out, choose, random=random, seed=seed, values=values)
+    elif values is not None and out:
+        settings: dict[str, Any] = {"method": method, "level": level, "threshold": threshold, "top": top}
+        command.run_prediction(known, values, out, **settings)
+
+
+@app.command()
 def plot(
-    out: Annotated[Path, typer.Argument(help="Folder of a forgetting matrix.")],
+    out: Annotated[str, typer.Argument(help="Folder or URL of a forgetting matrix.")],
     to: Annotated[Path | None, typer.Option(help="PNG to write; default: heatmap.png in the folder.")] = None,
 ) -> None:
     """Draw the heatmap of a forgetting matrix."""
     from fastforget.matrix import ForgettingMatrix
 
-    _draw(ForgettingMatrix.load(out), to or out / "heatmap.png")
+    if to is None and "://" in out:
+        raise ValueError(f"to: expected --to for the matrix at {out}, got none; pass --to heatmap.png")
+    _draw(ForgettingMatrix.load(out), to or Path(out) / "heatmap.png")
 
 
 @app.command()
@@ -341,6 +427,15 @@ def _remarks(summary: dict[str, Any]) -> list[str]:
             remarks.append(f"noise floor, {what}: rms {noise['rms']:.1e}, largest {noise['max']:.1e} nats per token")
         elif noise:
             remarks.append(f"noise floor, {what}: not measured: {noise['unmeasured']}")
+    if summary["predicted"]:
+        remarks.append(f"{summary['predicted']:,} entries are predicted; the statistics above take them as they are")
+    for name, row in summary["per_task"].items():
+        audit = row.get("audited_mean")
+        if audit:
+            interval = (
+                f"{audit['mean']:+.4f}, {audit['level']:.0%} interval {audit['low']:+.4f} to {audit['high']:+.4f}"
+            )
+            remarks.append(f"audited mean of {name}: {interval}")
     if summary["nan"]["count"]:
         first = ", ".join(f"{example} under {task}" for task, example in summary["nan"]["entries"][:5])
         remarks.append(f"{summary['nan']['count']} entries are NaN and are left out above, first {first}")

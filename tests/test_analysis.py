@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fastforget as ff
+from fastforget.prediction import analysis
 
 REAL = Path(os.environ.get("FASTFORGET_MATRIX", Path(__file__).parents[2] / "shared/data/olmo_7b_forgetting.npz"))
 GENERATOR = np.random.default_rng(0)
@@ -45,6 +46,50 @@ def test_unknown_entries_are_filled_by_the_fit(values: np.ndarray, explains: str
     assert found.to_dict()["unknown"] == np.isnan(holes).sum()
 
 
+@pytest.mark.parametrize("holes", [False, True])
+def test_blocks_and_samples_change_nothing(holes: bool, monkeypatch: pytest.MonkeyPatch):
+    generator = np.random.default_rng(5)
+    values = generator.normal(size=(8, 2)) @ generator.normal(size=(2, 900)) + 0.1 * generator.normal(size=(8, 900))
+    if holes:
+        values[generator.random(values.shape) < 0.1] = np.nan
+        values[:, 5] = np.nan
+    whole = analysis.analyse(values, rank=3)
+    monkeypatch.setattr(analysis, "BLOCK", 7)
+    blocks = analysis.analyse(values, rank=3)
+    np.testing.assert_allclose(blocks.rank_r2, whole.rank_r2, rtol=1e-12)
+    for name in ("additive_r2", "mean", "task_effects", "example_effects", "task_similarity", "directions", "loadings"):
+        np.testing.assert_allclose(getattr(blocks, name), getattr(whole, name), atol=1e-4 if holes else 1e-9)
+    np.testing.assert_allclose(whole.directions.T @ whole.directions, np.eye(3), atol=1e-12)
+    assert (whole.directions.sum(0) > 0).all()
+    fit = whole.loadings @ whole.directions.T
+    known = np.isfinite(values)
+    left = np.square(np.where(known, values - fit.T, 0)).sum() / np.square(values[known] - values[known].mean()).sum()
+    assert 1 - left == pytest.approx(whole.rank_r2[2], abs=1e-4)
+
+    monkeypatch.setattr(analysis, "SAMPLE", 200)
+    sample = analysis.analyse(values, rank=3)
+    np.testing.assert_allclose(sample.rank_r2, whole.rank_r2, atol=0.03 if holes else 1e-12)
+    assert sample.rank_r2[1:] == pytest.approx(whole.rank_r2[1:], abs=1e-3)
+    assert holes == (sample.rank_r2 != blocks.rank_r2)
+    np.testing.assert_allclose(sample.loadings @ sample.directions.T, fit, atol=0.3 if holes else 1e-9)
+
+
+def test_additive_effects_with_holes_are_least_squares():
+    generator = np.random.default_rng(6)
+    values = ADDITIVE + generator.normal(size=(9, 40))
+    values[generator.random(values.shape) < 0.4] = np.nan
+    values[:, 3] = np.nan
+    found = ff.analyse(values)
+    row, column = np.nonzero(np.isfinite(values))
+    design = np.zeros((len(row), 49))
+    design[np.arange(len(row)), row] = design[np.arange(len(row)), 9 + column] = 1
+    target = values[row, column]
+    fit = design @ np.linalg.lstsq(design, target)[0]
+    variance = np.square(target - target.mean()).sum()
+    assert found.additive_r2 == pytest.approx(1 - np.square(target - fit).sum() / variance, abs=1e-12)
+    np.testing.assert_allclose((found.mean + found.task_effects[:, None] + found.example_effects)[row, column], fit)
+
+
 def test_examples_and_their_neighbours():
     values = RANK_2.copy()
     values[:, 7] = 2 * values[:, 3]
@@ -63,7 +108,7 @@ def test_examples_and_their_neighbours():
     assert "9 tasks x 40 examples" in repr(found)
 
 
-def test_exact_matches_are_factorised():
+def test_exact_matches_are_factorised(monkeypatch: pytest.MonkeyPatch):
     generator = np.random.default_rng(2)
     logits = 4 * generator.normal(size=(20, 1)) @ generator.normal(size=(1, 60))
     exact = (logits > 1).astype(np.float32)
@@ -72,6 +117,12 @@ def test_exact_matches_are_factorised():
     found = ff.analyse(matrix, rank=2).exact_f1
     assert found is not None
     assert found[0] > 0.9
+    shapes, real = [], analysis.LogisticFactors
+    record = lambda values, **settings: (shapes.append(values.shape), real(values, **settings))[1]  # noqa: E731
+    monkeypatch.setattr(analysis, "LogisticFactors", record)
+    wide = SimpleNamespace(values=np.tile(logits, (1, 60)), exact=np.tile(exact, (1, 60)))  # of a sample
+    assert ff.analyse(wide, rank=1).exact_f1 == pytest.approx(found[:1], abs=0.03)
+    assert shapes == [(20, analysis.EXACT_SAMPLE)]
     always = 2 * np.nanmean(exact) / (1 + np.nanmean(exact))
     assert found[0] > always + 0.2
 

@@ -63,13 +63,15 @@ MATRIX = ["matrix", "--base", "b", "--task", "one=x", "--task", "y", "--upstream
 def test_matrix_passes_every_option_on(recorded, monkeypatch):
     options = ["--max-length", "64", "--tokens-per-batch", "128", "--dtype", "bfloat16", "--device", "cpu", "--eos"]
     options += ["--skip-empty", "--split", "test", "--config", "en", "--noise-examples", "5"]
-    options += ["--no-check-adapter-base", "--no-progress"]
+    options += ["--no-check-adapter-base", "--no-progress", "--compile", "--ray", "auto", "--workers", "3"]
+    options += ["--predict", "30", "--known", "k"]
     assert run_main(monkeypatch, *MATRIX, *options) == 0
     assert recorded == [
         {
             "base": "b", "tasks": ["one=x", "y"], "upstream": "u.jsonl", "out": Path("o"), "max_length": 64,
             "tokens_per_batch": 128, "dtype": "bfloat16", "device": "cpu", "eos": True, "skip_empty": True,
             "split": "test", "config": "en", "noise_examples": 5, "check_adapter_base": False, "progress": False,
+            "compile": True, "predict": 30, "known": "k", "shard": None, "ray": "auto", "workers": 3,
         }
     ]  # fmt: skip
 
@@ -91,6 +93,7 @@ def test_matrix_defaults_are_those_of_the_function(recorded, monkeypatch):
         ("--skip-empty", {"skip_empty": True}),
         ("--no-check-adapter-base", {"check_adapter_base": False}),
         ("--no-progress", {"progress": False}),
+        ("--compile", {"compile": True}),
     ],
 )
 def test_matrix_flag_changes_one_argument(flag, changed, recorded, monkeypatch):
@@ -144,6 +147,7 @@ def test_summary_shows_every_task_and_every_caveat(capsys):
         "examples": 1200,
         "per_task": {"[bold]odd": row},
         "noise": {"batch_composition": {"rms": 0.002, "max": 0.01}, "wider_dtype": {"unmeasured": "no memory"}},
+        "predicted": 0,
         "nan": {"count": 7, "entries": [["one", "example-3"]]},
         "truncated": 4,
         "skipped": 2,

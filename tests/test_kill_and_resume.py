@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import save_adapter, save_base, save_tuned, texts
@@ -63,12 +64,20 @@ def world(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(world):
+    """The folder of a run that nothing disturbed."""
+    finished = script(world, world / "whole")
+    assert finished.returncode == 0, finished.stderr
+    return world / "whole"
+
+
 def environment(world):
     # One thread: the models are tiny, and the bits of a sum depend on the number of threads.
     return os.environ | {"OMP_NUM_THREADS": "1", "FASTFORGET_CACHE": str(world / "cache"), "HF_HUB_OFFLINE": "1"}
 
 
-def script(world, out, **changes):
+def started(world, out, **changes):
     settings = {
         "base": str(world / "base"),
         "tasks": [str(world / "full"), str(world / "lora")],
@@ -77,7 +86,16 @@ def script(world, out, **changes):
         "tokens_per_batch": BATCH,
     }
     command = [sys.executable, "-c", SCRIPT, json.dumps(settings | changes)]
-    return subprocess.run(command, env=environment(world), capture_output=True, text=True, timeout=300)
+    return subprocess.Popen(command, env=environment(world), stderr=subprocess.PIPE, text=True)
+
+
+def ended(process):
+    _, errors = process.communicate(timeout=300)
+    return SimpleNamespace(returncode=process.returncode, stderr=errors)
+
+
+def script(world, out, **changes):
+    return ended(started(world, out, **changes))
 
 
 def command_line(world, out):
@@ -108,7 +126,7 @@ def killed_when_units_reach(world, out, count):
 
 def contents(out):
     """Every file of the result, bit for bit."""
-    names = [path for path in out.rglob("*") if path.is_file() and path.name not in ("lock", "heatmap.png")]
+    names = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith(("lock", "heatmap"))]
     return {str(path.relative_to(out)): path.read_bytes() for path in names}
 
 
@@ -118,10 +136,8 @@ def traces(out):
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues_to_the_same_bits(world, tmp_path):
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    finished = script(world, whole)
-    assert finished.returncode == 0, finished.stderr
+def test_a_killed_run_continues_to_the_same_bits(world, whole, tmp_path):
+    out = tmp_path / "out"
     n_units = len(traces(whole))
     assert n_units == 3 * 5
 
@@ -176,6 +192,25 @@ def test_a_run_killed_after_running_out_of_memory_continues_to_the_same_bits(wor
     finished = script(world, out)
     assert finished.returncode == 0, finished.stderr
     assert contents(out) == contents(whole)
+
+
+@pytest.mark.slow
+def test_killed_drivers_of_one_run_continue_to_the_same_bits(world, whole, tmp_path):
+    out = tmp_path / "out"
+    dies, other = started(world, out, shard="0/2", die={"before rename": 3}), started(world, out, shard="1/2")
+    assert ended(dies).returncode == -signal.SIGKILL
+    finished = ended(other)
+    assert finished.returncode == 0, finished.stderr  # one driver's death is nothing to the other
+    seen = traces(out)
+    assert sum(name.startswith("task-base") for name in seen) == 2
+    assert len(seen) == 2 + 8
+    assert len(list((out / "units").glob(".tmp-*"))) == 1
+    finished = script(world, out, shard="0/2")
+    assert finished.returncode == 0, finished.stderr
+    now = traces(out)
+    assert {name: now[name] for name in seen} == seen, "a finished unit was written again"
+    ours, theirs = ({n: b for n, b in contents(f).items() if "journal" not in n} for f in (out, whole))
+    assert ours == theirs
 
 
 @pytest.mark.slow

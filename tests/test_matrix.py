@@ -1,7 +1,9 @@
 """The forgetting matrix against independent evaluations, and what it refuses."""
 
+import io
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ from transformers import AutoModelForCausalLM
 
 import fastforget as ff
 from fastforget import perplexity
-from fastforget.matrix import models, runner
+from fastforget.matrix import local, models, readahead, runner
+from fastforget.matrix.checkpoints import find_checkpoint
 from fastforget.matrix.store import Store
 from fastforget.matrix.upstream import load_upstream
 
@@ -96,6 +99,42 @@ def test_what_an_adapter_writes_over_does_not_reach_the_next_one(world, tmp_path
     np.testing.assert_allclose(matrix.values[-1], alone - before, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # of the files; PEFT computes in float32
+def test_adapters_of_one_form_take_turns_in_one_slot(world, tmp_path, monkeypatch, dtype):
+    base = world / "base"
+    plain = {"a": {"seed": 2}, "b": {"seed": 5}, "wider": {"r": 8}, "c": {"seed": 6}, "scaled": {"lora_alpha": 32}}
+    tasks = {name: save_adapter(base, tmp_path / name, **settings) for name, settings in plain.items()}
+    for folder in tasks.values():
+        weights = load_file(folder / "adapter_model.safetensors")
+        save_file({n: t.to(dtype) for n, t in weights.items()}, folder / "adapter_model.safetensors")
+    tasks["head"] = save_adapter(base, tmp_path / "head", modules_to_save=["lm_head"])
+    checkpoints = {name: find_checkpoint(name, str(folder)) for name, folder in tasks.items()}
+    checkpoints["base"] = find_checkpoint("base", str(base), is_base=True)
+    built, real = [], models.ResidentModel._with_adapter
+    monkeypatch.setattr(models.ResidentModel, "_with_adapter", lambda self, t: built.append(t.name) or real(self, t))
+    resident = models.ResidentModel(checkpoints["base"], "cpu", torch.float32)
+    before = {name: tensor.clone() for name, tensor in resident.model.state_dict().items()}
+    for name in ("a", "b", "wider", "a", "c", "head", "b", "a", "scaled", "base"):
+        with resident.holding(checkpoints[name]) as model:
+            held = {n: t.clone() for n, t in model.state_dict().items()}
+            ids = torch.arange(20)[None]
+            logits = model(ids).logits
+        alone = models.ResidentModel(checkpoints["base"], "cpu", torch.float32)
+        monkeypatch.setattr(models.ResidentModel, "_with_adapter", real)
+        with alone.holding(checkpoints[name]) as model:
+            wanted = model.state_dict()
+            assert held.keys() == wanted.keys()
+            assert all(held[n].dtype == t.dtype and torch.equal(held[n], t) for n, t in wanted.items())
+            assert torch.equal(logits, model(ids).logits)
+        monkeypatch.setattr(
+            models.ResidentModel, "_with_adapter", lambda self, t: built.append(t.name) or real(self, t)
+        )
+    assert built == ["a", "wider", "a", "head", "b", "scaled"]
+    after = resident.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def test_checkpoints_are_read_however_they_were_saved(world, tmp_path):
     base = save_base(tmp_path / "base", tie_word_embeddings=True)  # the tied head is not in the file
     save_tuned(base, tmp_path / "whole")
@@ -167,7 +206,7 @@ def test_exact_match_forgetting_is_known_for_constructed_models(tmp_path):
 
 def test_lower_precision_reports_its_noise_and_leaves_the_base_as_it_was(world, tmp_path, monkeypatch):
     states = []
-    real = runner.measure_noise
+    real = local.measure_noise
 
     def watched(model, *args, **kwargs):
         states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
@@ -176,7 +215,7 @@ def test_lower_precision_reports_its_noise_and_leaves_the_base_as_it_was(world, 
         assert all(t.dtype == torch.bfloat16 and torch.equal(t, after[n]) for n, t in states[0].items())
         return noise
 
-    monkeypatch.setattr(runner, "measure_noise", watched)
+    monkeypatch.setattr(local, "measure_noise", watched)
     matrix = build(world, tmp_path / "out", ["full"], dtype="bfloat16", noise_examples=5)
     assert len(states) == 1
     assert matrix.noise["examples"] == 5
@@ -326,9 +365,50 @@ def test_the_base_is_loaded_once_and_every_checkpoint_once(world, tmp_path, monk
     assert loaded == ["base", "task 'full'", "task 'other'"]
 
 
+def test_the_next_models_files_are_read_ahead(world, tmp_path, monkeypatch):
+    read, start = [], readahead.ReadAhead.start
+    monkeypatch.setattr(readahead.ReadAhead, "start", lambda self, task: read.append(task.name) or start(self, task))
+    build(world, tmp_path / "out", ["full", "lora", "other"])
+    assert read == ["lora", "full", "other"]
+    assert not [thread for thread in threading.enumerate() if "read-ahead" in thread.name]
+
+
+def test_reading_ahead_reads_every_byte_and_leaves_errors_to_the_loading(world, tmp_path, monkeypatch):
+    read = []
+
+    class File(io.FileIO):
+        def readinto(self, buffer):
+            read.append(super().readinto(buffer))
+            return read[-1]
+
+    def files(path, *args, **kwargs):
+        return File(path) if str(path).endswith(".safetensors") else open(path, *args, **kwargs)
+
+    monkeypatch.setattr(readahead, "CHUNK", 5000)
+    monkeypatch.setattr(readahead, "open", files, raising=False)
+    save_tuned(world / "base", tmp_path / "task", max_shard_size="40KB")
+    task = find_checkpoint("task", str(tmp_path / "task"))
+    with readahead.ReadAhead() as ahead:
+
+        def bytes_read():
+            read.clear()
+            ahead.start(task)
+            ahead._thread.join(60)
+            assert not ahead._thread.is_alive()
+            return sum(read)
+
+        size = sum(path.stat().st_size for path in task.folder.glob("*.safetensors"))
+        assert bytes_read() == size > 3 * 5000
+        with monkeypatch.context() as patch:
+            patch.setattr(readahead, "available_memory", lambda: 1.9 * size)
+            assert bytes_read() == 0  # it would push out what the run itself needs
+        shutil.rmtree(task.folder)
+        assert bytes_read() == 0
+
+
 def test_a_finished_run_is_not_run_again(world, tmp_path, monkeypatch):
     first = build(world, tmp_path / "out")
-    monkeypatch.setattr(runner, "ResidentModel", None)  # nothing is loaded
+    monkeypatch.setattr(runner, "LocalRun", None)  # nothing is loaded
     again = build(world, tmp_path / "out")
     np.testing.assert_array_equal(first.values, again.values)
 
@@ -361,10 +441,40 @@ def test_another_environment_is_said(world, tmp_path):
     store = Store(tmp_path / "out")
     manifest = store.manifest()
     manifest["environment"]["torch"] = "1.0"
-    store.write_json(store.manifest_file, manifest)
-    (store.units / "task-0000_shard-0001.parquet").unlink()
+    store.write_manifest(manifest)
+    (tmp_path / "out" / "units" / "task-0000_shard-0001.parquet").unlink()
     with pytest.warns(RuntimeWarning, match=r"begun in another environment \(torch 1\.0 -> "):
         build(world, tmp_path / "out", ["full"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # torch's own
+def test_compiled_models_give_the_same_values_from_few_graphs(world, tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(
+        models, "COMPILER", "eager"
+    )  # traces as the real one does, and takes seconds in place of minutes
+    shapes, real = set(), perplexity.score_examples
+
+    def scorer(model, input_ids, attention_mask=None, labels=None):
+        if attention_mask is None and labels is not None:
+            shapes.add(tuple(input_ids.shape))
+        return real(model, input_ids, attention_mask, labels)
+
+    settings = {"tasks": ["full", "lora"], "tokens_per_batch": 500, "max_length": 90}
+    wanted = build(world, tmp_path / "out", **settings)
+    monkeypatch.setattr(perplexity, "score_examples", scorer)
+    counters.clear()
+    found = build(world, tmp_path / "compiled", **settings, compile=True)
+    assert {length for _, length in shapes} == {64, 96}
+    assert len(shapes) > 2
+    assert counters["stats"]["unique_graphs"] == 2 * 2  # for the checkpoints, and for the adapter
+    np.testing.assert_allclose(found.values, wanted.values, atol=2e-6)
+    np.testing.assert_allclose(found.base, wanted.base, atol=2e-6)
+    np.testing.assert_array_equal(found.base_exact, wanted.base_exact)
+    assert found.noise["batch_composition"]["max"] < 2e-6
+    with pytest.raises(ValueError, match="settings compile: null there, true here"):
+        build(world, tmp_path / "out", **settings, compile=True)
 
 
 # Out of memory

@@ -247,9 +247,9 @@ def test_a_disk_that_is_too_small_is_refused(refused, monkeypatch):
 
 
 def test_a_disk_that_fills_up_keeps_the_finished_units(world, tmp_path, monkeypatch):
-    from fastforget.matrix import store
+    from fastforget.matrix import folders
 
-    real, written = store.pq.write_table, []
+    real, written = folders.pq.write_table, []
 
     def full(table, path, **kwargs):
         written.append(path)  # the token cache, two tables of names, then the units
@@ -260,7 +260,7 @@ def test_a_disk_that_fills_up_keeps_the_finished_units(world, tmp_path, monkeypa
 
     message = r"out: cannot write to .*No space left on device; 2 of 4 units are finished and kept; free some space"
     with monkeypatch.context() as patch:
-        patch.setattr(store.pq, "write_table", full)
+        patch.setattr(folders.pq, "write_table", full)
         with pytest.raises(ValueError, match=message):
             build(world, tmp_path / "out", ["full"])
     assert len(list((tmp_path / "out" / "units").iterdir())) == 2

@@ -39,6 +39,18 @@ def test_shards_and_batches_hold_every_example_once(values, budget):
             assert (rows.stop - rows.start + 1) * lengths[shard[rows.start]] > budget
 
 
+@given(st.integers(1, 5000), st.sampled_from([None, 5000, 300]))
+def test_buckets_are_few_ordered_and_at_most_half_too_long(length, limit):
+    length = min(length, limit or length)
+    buckets = plan.Buckets(limit)
+    bucket = buckets(length)
+    assert length <= bucket <= max(64, 1.5 * length)
+    assert limit is None or bucket <= limit
+    assert buckets(bucket) == bucket
+    assert buckets(max(1, length - 1)) <= bucket
+    assert len({buckets(n) for n in range(1, (limit or 5000) + 1)}) <= 14
+
+
 def test_the_default_budget_follows_device_and_dtype():
     assert plan.default_tokens_per_batch("cpu", torch.float32) == 4096
     assert plan.default_tokens_per_batch("cuda", torch.bfloat16) == 65536
@@ -84,13 +96,14 @@ def test_units_come_back_as_they_were_written(tmp_path):
     assert table["example"].to_pylist() == [5, 2]
     assert table["task"].to_pylist() == [1, 1]
     assert np.array_equal(table["nll_sum"].to_numpy(), columns["nll_sum"], equal_nan=True)
-    assert pq.read_schema(store.units / unit.file_name).equals(table.schema)
+    assert pq.read_schema(tmp_path / "out" / "units" / unit.file_name).equals(table.schema)
 
 
 def test_a_damaged_unit_is_refused_by_name(tmp_path):
     store = Store(tmp_path)
     with store.opened(MANIFEST):
-        (store.units / "task-base_shard-0000.parquet").write_bytes(b"PAR1")
+        (tmp_path / "units").mkdir()
+        (tmp_path / "units" / "task-base_shard-0000.parquet").write_bytes(b"PAR1")
         with pytest.raises(ValueError, match=r"got the damaged file .*task-base_shard-0000\.parquet .*; delete it"):
             store.read_units(sorted(store.finished()))
 
@@ -100,15 +113,16 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path):
     with store.opened(MANIFEST):
         store.record("budget", from_unit=2, tokens_per_batch=64)
         store.record("budget", from_unit=5, tokens_per_batch=32)
-    (store.units / ".tmp-1-task-base_shard-0000.parquet").write_bytes(b"half")
-    (store.out / ".tmp-1-noise.json").write_bytes(b"half")
-    with open(store.journal_file, "a") as file:
+    (tmp_path / "units").mkdir()
+    (tmp_path / "units" / ".tmp-1-task-base_shard-0000.parquet").write_bytes(b"half")
+    (tmp_path / ".tmp-1-noise.json").write_bytes(b"half")
+    with open(tmp_path / "journal.jsonl", "a") as file:
         file.write('{"event": "bud')
     assert [event["tokens_per_batch"] for event in store.events("budget")] == [64, 32]
     with store.opened(MANIFEST):
         store.record("finished", units=9)
-    assert not list(store.out.rglob(".tmp-*"))
-    assert [json.loads(line)["event"] for line in store.journal_file.read_text().splitlines()] == [
+    assert not list(tmp_path.rglob(".tmp-*"))
+    assert [json.loads(line)["event"] for line in (tmp_path / "journal.jsonl").read_text().splitlines()] == [
         "budget", "budget", "finished",
     ]  # fmt: skip
 
@@ -137,7 +151,7 @@ def test_another_runs_folder_is_refused_with_what_differs(tmp_path):
     store = Store(tmp_path)
     with store.opened(MANIFEST):
         pass
-    before = store.manifest_file.read_bytes()
+    before = (tmp_path / "manifest.json").read_bytes()
     other = json.loads(json.dumps(MANIFEST))
     other["inputs"]["settings"] |= {"dtype": "bfloat16", "eos": True}
     message = r'settings dtype: "float32" there, "bfloat16" here; settings eos: null there, true here; choose another'
@@ -145,7 +159,7 @@ def test_another_runs_folder_is_refused_with_what_differs(tmp_path):
         store.check(other)
     with pytest.raises(ValueError, match=message), store.opened(other):
         pass
-    assert store.manifest_file.read_bytes() == before
+    assert (tmp_path / "manifest.json").read_bytes() == before
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
@@ -161,6 +175,6 @@ def test_a_manifest_that_cannot_be_used_is_refused(tmp_path):
     store = Store(tmp_path)
     with pytest.raises(ValueError, match=r"expected the folder of a forgetting matrix, got .* without a readable"):
         store.manifest()
-    store.manifest_file.write_text('{"format": 99}')
+    (tmp_path / "manifest.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match=r"expected a matrix of format 1, got format 99"):
         store.manifest()

@@ -135,7 +135,7 @@ def web_pages(*modules: str) -> list[Document]:
 
 def without_addresses(text: str) -> str:
     """Returns the text without memory addresses and the library's own path, which differ from run to run."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text).replace(sysconfig.get_path("stdlib"), "")
+    return re.sub(r"(?: |&nbsp;)at(?: |&nbsp;)0x[0-9a-fA-F]+", "", text).replace(sysconfig.get_path("stdlib"), "")
 
 
 UPSTREAM = (

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastforget import perplexity
 from fastforget.matrix.checkpoints import (
     Checkpoint,
     config_difference,
@@ -18,6 +19,9 @@ from fastforget.matrix.checkpoints import (
     weight_files,
 )
 
+COMPILER = "inductor"
+GRAPHS = 64  # buckets times forms of adapters; beyond it models run uncompiled
+PROVENANCE = {"base_model_name_or_path", "inference_mode", "peft_version", "revision"}  # of an adapter's configuration
 BASE_FIX = "pass check_adapter_base=False (--no-check-adapter-base) if it is the same model under another name"
 
 
@@ -28,12 +32,13 @@ class ResidentModel:
         base: the base's checkpoint.
         device: where it stays.
         dtype: its parameters' dtype.
+        compile: compile its body for the shapes of `plan.Buckets`.
     """
 
-    def __init__(self, base: Checkpoint, device: str, dtype: torch.dtype):
+    def __init__(self, base: Checkpoint, device: str, dtype: torch.dtype, *, compile: bool = False):
         self.base = base
         self.config = load_config(base)
-        self.dtype = dtype
+        self.device, self.dtype = device, dtype
         tensor_shapes(base)  # says which file is damaged, where transformers may not
         try:
             self.model: nn.Module = _from_pretrained(base, dtype).to(device).eval()
@@ -42,8 +47,13 @@ class ResidentModel:
                 f"base: expected a model that fits on {device}, got {base.path} in {dtype}: "
                 f"{str(error).splitlines()[0]}; choose a narrower dtype or another device"
             ) from error
+        self._compile = compile
+        if compile:
+            self.model.requires_grad_(False)  # as PEFT leaves it: graphs hold for one setting
+            self.model.base_model.compile(dynamic=False, backend=COMPILER)  # type: ignore[operator]
         self._modules = [(m, dict(m._modules)) for m in self.model.modules()]
         self._holds_base = True
+        self._slot: tuple[Any, nn.Module] | None = None  # an adapter that stays on for one of the same form
 
     # Before the run
 
@@ -128,6 +138,23 @@ class ResidentModel:
         Raises:
             ValueError: if the task cannot be loaded.
         """
+        with self._held(task) as model:
+            if not self._compile:
+                yield model
+                return
+            with eager(model):  # a check that comes once, of shapes that do not come again
+                perplexity.score_examples(model, torch.zeros(1, 8, dtype=torch.int64, device=self.device))
+            with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+                yield model
+
+    @contextlib.contextmanager
+    def _held(self, task: Checkpoint) -> Iterator[nn.Module]:
+        form = _form(task) if task.kind == "adapter" else None
+        if self._slot is not None and form == self._slot[0]:
+            self._swap(self._slot[1], task)
+            yield self._slot[1]
+            return
+        self._without_adapter()
         if task.kind == "full":
             self._holds_base = False
             self._load(task)
@@ -140,10 +167,25 @@ class ResidentModel:
             yield self.model
             return
         try:
-            yield self._with_adapter(task)
+            model = self._with_adapter(task)
+            yield model
+            self._slot = None if form is None else (form, model)
         finally:
+            if self._slot is None:
+                self._without_adapter()
+            self._holds_base = form is not None
+
+    def _swap(self, model: nn.Module, task: Checkpoint) -> None:
+        # The last step of PEFT's own loading; building the modules takes most of the time.
+        from peft import set_peft_model_state_dict
+        from peft.utils.save_and_load import load_peft_weights
+
+        try:
+            weights = load_peft_weights(str(task.folder), device="cpu")
+            set_peft_model_state_dict(model, weights)
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
             self._without_adapter()
-            self._holds_base = _leaves_weights_alone(task)
+            raise _cannot_load(task, error) from error
 
     def _with_adapter(self, task: Checkpoint) -> nn.Module:
         from peft import PeftModel, get_peft_model_state_dict
@@ -153,9 +195,7 @@ class ResidentModel:
             try:
                 model = PeftModel.from_pretrained(self.model, str(task.folder))  # type: ignore[arg-type]
             except (RuntimeError, ValueError, KeyError, OSError) as error:
-                raise ValueError(
-                    f"{task.label}: cannot load the adapter {task.folder}: {error}; save it again"
-                ) from error
+                raise _cannot_load(task, error) from error
             loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
         missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
         unexpected = [name for name in tensor_shapes(task) if ".lora_" in name and name not in loaded]
@@ -171,6 +211,7 @@ class ResidentModel:
 
     def _without_adapter(self) -> None:
         """Put the base's own modules back; PEFT's unload leaves tuned copies of whole modules in."""
+        self._slot = None
         for module, children in self._modules:
             module._modules.clear()
             module._modules.update(children)
@@ -230,6 +271,20 @@ class ResidentModel:
                     "the base that it was tuned from"
                 )
             place.copy_(tensor)
+
+
+def eager(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """A context in which a compiled model runs as it is.
+
+    Args:
+        model: the model, compiled or not.
+
+    Returns:
+        The context.
+    """
+    if all(module._compiled_call_impl is None for module in model.modules()):
+        return contextlib.nullcontext()  # the compiler takes seconds to import
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextlib.contextmanager
@@ -301,9 +356,16 @@ def _adapter_config(task: Checkpoint) -> Any:
     return config
 
 
-def _leaves_weights_alone(task: Checkpoint) -> bool:
-    # Biases and whole tensors are loaded over the base's own, and PiSSA-like initialisations subtract from them.
-    config = _adapter_config(task)
+def _cannot_load(task: Checkpoint, error: Exception) -> ValueError:
+    return ValueError(f"{task.label}: cannot load the adapter {task.folder}: {error}; save it again")
+
+
+def _form(task: Checkpoint) -> Any:
+    # Adapters of one form differ in their tensors' values alone. None for those that change the base's weights: biases
+    # and whole tensors are loaded over the base's own, and PiSSA-like initialisations subtract from them.
+    config, shapes = _adapter_config(task), tensor_shapes(task)
     ordinary = str(getattr(config.peft_type, "value", config.peft_type)) == "LORA"
     ordinary = ordinary and getattr(config, "init_lora_weights", True) in (True, False, "gaussian")
-    return ordinary and all(".lora_" in name for name in tensor_shapes(task))
+    if not ordinary or not all(".lora_" in name for name in shapes):
+        return None
+    return {name: value for name, value in config.to_dict().items() if name not in PROVENANCE}, shapes

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastforget.matrix.models import parameters_as
+from fastforget.matrix.models import eager, parameters_as
 from fastforget.matrix.scoring import free_memory, joined, score
 from fastforget.matrix.upstream import Upstream
 
@@ -39,7 +39,14 @@ def measure_noise(
     if not len(chosen):
         reason = {"unmeasured": "no example was asked for" if count == 0 else "no example has a finite log-perplexity"}
         return noise | {"batch_composition": reason, "wider_dtype": reason}
-    noise["batch_composition"] = _compare(model, examples, recorded, chosen, device)
+    with eager(model):  # a compiled model would be compiled for these shapes, too
+        return noise | _measure(model, examples, recorded, chosen, device, dtype)
+
+
+def _measure(
+    model: nn.Module, examples: Upstream, recorded: np.ndarray, chosen: np.ndarray, device: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    noise: dict[str, Any] = {"batch_composition": _compare(model, examples, recorded, chosen, device)}
     wider = torch.float64 if dtype == torch.float32 else torch.float32
     if dtype == torch.float64 or (wider == torch.float64 and torch.device(device).type != "cpu"):
         noise["wider_dtype"] = {

@@ -47,6 +47,30 @@ def default_tokens_per_batch(device: str, dtype: torch.dtype) -> int:
     return 65536 * 2 // dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Buckets:
+    """The few lengths to which batches of a compiled model are padded: 64, 96, 128, 192, 256, 384, ...
+
+    Attributes:
+        limit: the longest that the model takes; None for no limit.
+    """
+
+    limit: int | None
+
+    def __call__(self, length: int) -> int:
+        """The least bucket that holds a length: at most half as long again.
+
+        Args:
+            length: tokens of the longest example.
+
+        Returns:
+            The bucket in tokens.
+        """
+        power = max(64, 1 << (length - 1).bit_length())
+        bucket = power * 3 // 4 if power > 64 and length <= power * 3 // 4 else power
+        return bucket if self.limit is None else max(length, min(bucket, self.limit))
+
+
 def length_order(lengths: np.ndarray) -> np.ndarray:
     """The examples, longest first, ties by index: what does not fit is met at once, and the ETA is honest.
 

@@ -54,7 +54,7 @@ def plot_heatmap(matrix: ForgettingMatrix, path: str | os.PathLike[str]) -> Path
     main.set_ylabel("fine-tuned model")
     _draw_means(side, values)
     bar = figure.colorbar(image, ax=side, extend="both", fraction=0.25, pad=0.1, aspect=20 + height, extendfrac=0.02)
-    bar.set_label("log-perplexity increase (nats per token)")
+    bar.set_label(f"log-perplexity increase ({matrix.unit})")
     figure.suptitle(
         f"Forgetting of {values.shape[1]:,} upstream examples by {n_tasks} fine-tuned models",
         fontsize=13,
@@ -101,7 +101,7 @@ def _short(name: str) -> str:
 
 def _caption(matrix: ForgettingMatrix) -> str:
     summary = matrix.summary()
-    parts = [f"mean {summary['mean']:+.3f} nats per token", f"{summary['share_increased']:.0%} of entries rose"]
+    parts = [f"mean {summary['mean']:+.3f} {matrix.unit}", f"{summary['share_increased']:.0%} of entries rose"]
     noise = [
         f"{what} {matrix.noise[key]['rms']:.1e}"
         for key, what in (("batch_composition", "other batches"), ("wider_dtype", "wider dtype"))

@@ -1,17 +1,16 @@
 """The forgetting matrix of a run: values, exact match, summary, and how much of it is low-rank."""
 
-import json
 import os
 import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from fastforget.matrix.store import Store
+from fastforget.matrix.store import EVALUATED, KNOWN, Store, predicted_file
 
 if TYPE_CHECKING:
     import pandas
@@ -24,8 +23,8 @@ class ForgettingMatrix:
     """M tasks x N upstream examples; `ForgettingMatrix.load(out)` reads it.
 
     Attributes:
-        values: Z[i, j] = lp_j(task i) - lp_j(base), nats per token, float64 `[M, N]`; positive is forgotten. NaN where
-            a log-perplexity is not finite, and where the unit is not finished yet.
+        values: Z[i, j] = lp_j(task i) - lp_j(base), float64 `[M, N]`, in `unit`, nats per token for a run; positive is
+            forgotten. NaN where a log-perplexity is not finite, and where the unit is not finished yet.
         base: the base's log-perplexities, nats per token, float64 `[N]`.
         exact: exact-match forgetting, float32 `[M, N]`: 1 where the base reproduces the targets under greedy decoding
             and the task's model does not, 0 where both do, NaN where the base does not or a unit is unfinished.
@@ -39,6 +38,10 @@ class ForgettingMatrix:
         complete: whether every unit is finished.
         unfinished: which entries wait for a unit, bool `[M, N]`.
         about: what the manifest records: inputs, environment, truncations.
+        predicted: which values are predictions, bool `[M, N]`; None where there are none.
+        uncertainty: their standard deviations, `[M, N]`, NaN where a value was measured; None where there are none.
+        audits: of predicted rows, by task: `mean` as the examples that were drawn at random confirm it, with the interval
+            from `low` to `high`, and its `level`.
     """
 
     values: np.ndarray
@@ -54,6 +57,14 @@ class ForgettingMatrix:
     complete: bool
     unfinished: np.ndarray
     about: dict[str, Any] = field(repr=False)
+    predicted: np.ndarray | None = None
+    uncertainty: np.ndarray | None = None
+    audits: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """Of the values."""
+        return self.about.get("unit", "nats per token")
 
     def __repr__(self) -> str:
         """One line: its size and mean, not a million ids."""
@@ -63,10 +74,10 @@ class ForgettingMatrix:
 
     @classmethod
     def load(cls, out: str | os.PathLike[str]) -> "ForgettingMatrix":
-        """Read the folder of a run, finished or not.
+        """Read the folder of a run, finished or not, or of an export.
 
         Args:
-            out: the folder.
+            out: the folder; of a run, or a URL that fsspec knows.
 
         Returns:
             The matrix.
@@ -74,9 +85,13 @@ class ForgettingMatrix:
         Raises:
             ValueError: if the folder holds no run, or a file of it is damaged.
         """
-        store = Store(Path(os.fspath(out)))
+        from fastforget.matrix.hub import is_export, read_export
+
+        if is_export(out):
+            return read_export(out)
+        store = Store(out)
         manifest = store.manifest()
-        tasks, examples = (_table(store, name) for name in ("tasks.parquet", "examples.parquet"))
+        tasks, examples = (store.read_table(name) for name in ("tasks.parquet", "examples.parquet"))
         names = tasks["name"].to_pylist()[1:]
         shape = (len(names) + 1, len(examples))  # row 0 is the base
         perplexity, exact, seen = np.full(shape, np.nan), np.zeros(shape, bool), np.zeros(shape, bool)
@@ -88,28 +103,166 @@ class ForgettingMatrix:
         with np.errstate(invalid="ignore"):  # inf - inf
             values = perplexity[1:] - perplexity[0]
         values[~np.isfinite(values)] = np.nan
-        unfinished = ~(seen[1:] & seen[0])
+        measured = seen[1:] & seen[0]
+        predictions = _predictions(store, values, perplexity[0], exact[0], measured)
+        unfinished = ~measured
+        if "predicted" in predictions:
+            unfinished &= ~predictions["predicted"]
         return cls(
             values=values,
             base=perplexity[0],
-            exact=np.where(exact[0] & ~unfinished, ~exact[1:], np.nan).astype(np.float32),
+            exact=np.where(exact[0] & measured, ~exact[1:], np.nan).astype(np.float32),
             base_exact=exact[0],
             tasks=names,
             examples=examples["id"].to_pylist(),
             texts=examples["text"].to_pylist(),
             tokens=examples["tokens"].to_numpy().astype(np.int64),
             targets=examples["targets"].to_numpy().astype(np.int64),
-            noise=json.loads(store.noise_file.read_text(encoding="utf-8")) if store.noise_file.exists() else {},
-            complete=bool(seen.all()),
+            noise=store.noise(),
+            complete=not unfinished.any(),
             unfinished=unfinished,
             about=manifest,
+            **predictions,
         )
+
+    @classmethod
+    def from_values(
+        cls,
+        values: Any,
+        *,
+        tasks: Sequence[str] | None = None,
+        examples: Sequence[str] | None = None,
+        texts: Sequence[str] | None = None,
+        unit: str = "nats per token",
+        **fields: Any,
+    ) -> "ForgettingMatrix":
+        """A matrix that no run of this library has measured.
+
+        Args:
+            values: `[M, N]`; what is not finite becomes NaN.
+            tasks: M names; default: task 0, task 1, ...
+            examples: N ids; default: 0, 1, ...
+            texts: N texts; default: empty ones.
+            unit: Of the values.
+            **fields: Other attributes; what is not given is unknown: NaN, 0 or False.
+
+        Returns:
+            The matrix.
+
+        Raises:
+            ValueError: A shape does not fit, or a name occurs twice.
+        """
+        values = np.array(values, np.float64)
+        if values.ndim != 2 or not values.size:
+            raise ValueError(f"values: expected shape [M, N], got {values.shape}; pass tasks x examples")
+        values[~np.isfinite(values)] = np.nan
+        m, n = values.shape
+        tasks = _names("tasks", [f"task {i}" for i in range(m)] if tasks is None else tasks, m)
+        examples = _names("examples", [str(j) for j in range(n)] if examples is None else examples, n)
+        own_texts = [""] * n if texts is None else [str(text) for text in texts]
+        if len(own_texts) != n:
+            raise ValueError(f"texts: expected {n}, as values have, got {len(own_texts)}")
+        unknown: dict[str, Any] = {
+            "base": np.full(n, np.nan),
+            "exact": np.full((m, n), np.nan, np.float32),
+            "base_exact": np.zeros(n, bool),
+            "tokens": np.zeros(n, np.int64),
+            "targets": np.zeros(n, np.int64),
+            "noise": {},
+            "unfinished": np.zeros((m, n), bool),
+            "about": {},
+        }
+        fields = unknown | fields
+        fields["about"] = {"unit": unit, **fields["about"]}
+        complete = not fields["unfinished"].any()
+        return cls(values=values, tasks=tasks, examples=examples, texts=own_texts, complete=complete, **fields)
+
+    @classmethod
+    def from_lm_eval(cls, *, base: Any, tasks: Mapping[str, Any], per: str = "example") -> "ForgettingMatrix":
+        """The matrix of evaluations that lm-evaluation-harness logged with `--log_samples`.
+
+        An example is a document of an evaluation, its log-perplexity the negative log-likelihood of the gold choice, or of
+        the whole text where there are no choices. `exact` counts what the base answers correctly (`exact_match` if it was
+        logged, else `acc`) and the task's model does not.
+
+        Args:
+            base: Of the base model: a `samples_*.jsonl`, several, or a folder of them.
+            tasks: The same of every fine-tuned model, by its name.
+            per: "example" for nats per example, "byte" for nats per byte of the gold choice's text. Numbers of tokens are not
+                logged.
+
+        Returns:
+            The matrix; NaN where a model was not evaluated on a document that the base was evaluated on.
+
+        Raises:
+            ValueError: A file has no log-likelihoods, a model was evaluated on other documents or prompts than the base, or a
+                gold choice cannot be told.
+        """
+        from fastforget.matrix.lm_eval import read_lm_eval
+
+        return read_lm_eval(base, tasks, per)
+
+    def export(self, folder: str | os.PathLike[str], *, texts: bool = False) -> Path:
+        """Write the matrix as a data set: `values.parquet`, one row an example, `matrix.json` and a card, `README.md`.
+
+        `load` reads it, and so does `datasets.load_dataset(folder)`.
+
+        Args:
+            folder: New, empty, or of an earlier export.
+            texts: Also the examples' texts, which may be under a licence of their own.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: The folder holds something else.
+        """
+        from fastforget.matrix.hub import export
+
+        return export(self, folder, texts=texts)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, texts: bool = False
+    ) -> str:
+        """Export the matrix to a data set of the Hugging Face hub.
+
+        Args:
+            repo_id: "user/name"; made where it does not exist.
+            private: Of a new data set; default: as the account has it.
+            token: Default: of the login.
+            texts: As for `export`.
+
+        Returns:
+            Its address.
+        """
+        from fastforget.matrix.hub import push
+
+        return push(self, repo_id, private=private, token=token, texts=texts)
+
+    @classmethod
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> "ForgettingMatrix":
+        """Read a matrix that `push_to_hub` has written.
+
+        Args:
+            repo_id: "user/name".
+            revision: Branch, tag or commit.
+            token: Default: of the login.
+
+        Returns:
+            The matrix.
+
+        Raises:
+            ValueError: The data set holds no matrix, or one of a newer format.
+        """
+        from fastforget.matrix.hub import fetch
+
+        return fetch(repo_id, revision=revision, token=token)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """The values as a table.
 
         Returns:
-            A data frame, tasks x example ids, nats per token.
+            A data frame, tasks x example ids.
 
         Raises:
             ImportError: if pandas is not installed.
@@ -126,21 +279,24 @@ class ForgettingMatrix:
         """Statistics of the matrix, ready for JSON; NaN entries are left out of them and listed.
 
         Returns:
-            `mean`, `median` (nats per token) and `share_increased` of all entries and, under `per_task`, of each row;
+            `mean`, `median` and `share_increased` of all entries and, under `per_task`, of each row;
             `exact_forgotten`, the share of what the base reproduces and the task's model does not (None where the base
-            reproduces nothing); `nan` with `count` and the first `entries`; `noise`; the counts of the run.
+            reproduces nothing), and `audited_mean` of predicted rows; `predicted`, how many entries are; `nan` with
+            `count` and the first `entries`; `noise`; the counts of the run.
         """
         nan = np.argwhere(np.isnan(self.values) & ~self.unfinished)
         return {
             "tasks": len(self.tasks),
             "examples": len(self.examples),
             "tokens": int(self.tokens.sum()),
-            "unit": "nats per token",
+            "unit": self.unit,
             "complete": self.complete,
             **_statistics(self.values, self.exact),
             "per_task": {
-                name: _statistics(*row) for name, *row in zip(self.tasks, self.values, self.exact, strict=True)
+                name: _statistics(*row) | ({"audited_mean": self.audits[name]} if name in self.audits else {})
+                for name, *row in zip(self.tasks, self.values, self.exact, strict=True)
             },
+            "predicted": 0 if self.predicted is None else int(self.predicted.sum()),
             "base": {
                 "mean": _number(np.mean, self.base[np.isfinite(self.base)]),
                 "exact": int(self.base_exact.sum()),
@@ -150,8 +306,8 @@ class ForgettingMatrix:
                 "entries": [[self.tasks[i], self.examples[j]] for i, j in nan[:NAMES_SHOWN]],
             },
             "unfinished": int(self.unfinished.sum()),
-            "truncated": self.about["about"]["truncated"],
-            "skipped": len(self.about["about"]["skipped"]),
+            "truncated": self.about.get("about", {}).get("truncated", 0),
+            "skipped": len(self.about.get("about", {}).get("skipped", ())),
             "noise": self.noise,
         }
 
@@ -201,6 +357,28 @@ class ForgettingMatrix:
         return self.values[:, finite]
 
 
+def _predictions(
+    store: Store, values: np.ndarray, base: np.ndarray, base_exact: np.ndarray, measured: np.ndarray
+) -> dict[str, Any]:
+    """Fill what was not evaluated of `values`, `base` and `base_exact`, in place, and say where."""
+    if not store.folder.exists(EVALUATED):
+        return {}
+    known = store.read_table(KNOWN)
+    rest = np.ones(len(base), bool)
+    rest[store.read_table(EVALUATED)["example"].to_numpy()] = False
+    base[rest] = known["log_perplexity"].to_numpy()[rest]
+    base_exact[rest] = known["exact"].to_numpy(zero_copy_only=False)[rest]
+    predicted, uncertainty = np.zeros(values.shape, bool), np.full(values.shape, np.nan)
+    for task in range(len(values)):
+        if store.folder.exists(predicted_file(task)):
+            row = store.read_table(predicted_file(task))
+            here = rest & ~measured[task]
+            values[task, here] = row["mean"].to_numpy()[here]
+            uncertainty[task, here] = row["std"].to_numpy()[here]
+            predicted[task] = here
+    return {"predicted": predicted, "uncertainty": uncertainty, "audits": store.audits()}
+
+
 def singular_order(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The order of rows and columns by the first singular vectors, most forgotten first; columns with NaN come last.
 
@@ -213,19 +391,22 @@ def singular_order(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     finite = np.isfinite(values).all(0)
     if not finite.any():
         return np.arange(values.shape[0]), np.arange(values.shape[1])
-    left, _, right = np.linalg.svd(values[:, finite], full_matrices=False)
-    flip = -1.0 if left[:, 0].sum() < 0 else 1.0  # the pair's sign is free: the rows' loadings are to be positive
-    columns = np.flatnonzero(finite)[np.argsort(-flip * right[0], kind="stable")]
-    return np.argsort(-flip * left[:, 0], kind="stable"), np.concatenate([columns, np.flatnonzero(~finite)])
+    own = values if finite.all() else values[:, finite]
+    left = np.linalg.eigh(own @ own.T)[1][:, -1]  # by the `[M, M]` Gram matrix: M is small, N is not
+    left = -left if left.sum() < 0 else left  # its sign is free: the rows' loadings are to be positive
+    columns = np.flatnonzero(finite)[np.argsort(-(left @ own), kind="stable")]
+    return np.argsort(-left, kind="stable"), np.concatenate([columns, np.flatnonzero(~finite)])
 
 
-def _table(store: Store, name: str) -> pa.Table:
-    try:
-        return pq.ParquetFile(store.out / name).read()
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(
-            f"out: cannot read {store.out / name}: {error}; delete it if it is damaged, and run the same command again"
-        ) from error
+def _names(argument: str, given: Sequence[str], count: int) -> list[str]:
+    """As strings, each once."""
+    names = [str(name) for name in given]
+    if len(names) != count:
+        raise ValueError(f"{argument}: expected {count}, as values have, got {len(names)}")
+    if len(set(names)) != count:
+        twice = Counter(names).most_common(1)[0][0]
+        raise ValueError(f"{argument}: expected different names, got {twice!r} twice; rename one")
+    return names
 
 
 def _statistics(values: np.ndarray, exact: np.ndarray) -> dict[str, float | None]:

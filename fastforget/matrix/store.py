@@ -1,20 +1,24 @@
-"""The folder of a run: manifest, journal, unit files, lock. Whatever moment a run dies at, the folder stays valid."""
+"""The folder of a run: manifest, journals, unit files. Whatever moment a run dies at, the folder stays valid."""
 
 import contextlib
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from fastforget._files import TEMPORARY, differences, lock, sync_folder, write_atomically
+from fastforget._files import TEMPORARY, differences
+from fastforget.matrix.folders import OTHER_FOLDER, open_folder
+from fastforget.matrix.leases import Lease
 from fastforget.matrix.plan import Unit
+from fastforget.matrix.shares import Share
 
 FORMAT_VERSION = 1
+MANIFEST, NOISE = "manifest.json", "noise.json"
+# Of a run that predicts: which examples are evaluated, the known base's row, and what the random ones confirm.
+EVALUATED, KNOWN, AUDITS = "evaluated.parquet", "known.parquet", "audits.json"
 VALUES_SCHEMA = pa.schema(
     [
         ("task", pa.int32()),
@@ -27,14 +31,21 @@ VALUES_SCHEMA = pa.schema(
 
 
 class Store:
-    """The files of one run in the folder `out`."""
+    """The files of one run.
 
-    def __init__(self, out: str | Path):
-        self.out = Path(out)
-        self.units = self.out / "units"
-        self.manifest_file = self.out / "manifest.json"
-        self.journal_file = self.out / "journal.jsonl"
-        self.noise_file = self.out / "noise.json"
+    Args:
+        out: a folder, or a URL that fsspec knows.
+        share: what this driver computes of the run; readers need none.
+    """
+
+    def __init__(self, out: str | os.PathLike[str], share: Share | None = None):
+        self.folder = open_folder(out)
+        self.share = share or Share()
+        self.journal = f"journal{self.share.suffix}.jsonl"
+        self._lease: Lease | None = None
+
+    def __str__(self) -> str:
+        return str(self.folder)
 
     # Before the run
 
@@ -47,20 +58,18 @@ class Store:
         Raises:
             ValueError: if `out` is not a folder, is in use, or belongs to a run with other inputs.
         """
-        existing = next(folder for folder in (self.out, *self.out.absolute().parents) if folder.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise ValueError(f"out: expected a folder that can be written to, got {existing}; choose another folder")
-        if not self.out.exists():
+        if not self.folder.check_writable():
             return
-        with self.locked(create=False):
-            if self.manifest_file.exists():
+        with self.folder.claimed(self.share, create=False):
+            if self.folder.exists(MANIFEST):
                 self._check_same_run(manifest)
                 return
-        foreign = [name for name in os.listdir(self.out) if name != "lock" and not name.startswith(TEMPORARY)]
-        if foreign:
+        foreign = [name for name in self.folder.names() if not name.startswith(("lock", "lease", TEMPORARY))]
+        # The manifest of a driver that came at the same moment may be here by now.
+        if foreign and not self.folder.exists(MANIFEST):
             raise ValueError(
-                f"out: expected an empty folder or one of this run, got {self.out} with "
-                f"{', '.join(sorted(foreign)[:5])} and no manifest.json; choose another folder"
+                f"out: expected an empty folder or one of this run, got {self} with "
+                f"{', '.join(foreign[:5])} and no manifest.json; {OTHER_FOLDER}"
             )
 
     def _check_same_run(self, manifest: dict[str, Any]) -> None:
@@ -69,7 +78,7 @@ class Store:
         found = list(differences(there, here))
         if found:
             raise ValueError(
-                f"out: {self.out} belongs to a run with other inputs; expected the same to continue it, got "
+                f"out: {self} belongs to a run with other inputs; expected the same to continue it, got "
                 + "; ".join(found)
                 + "; choose another folder or give the first run's inputs"
             )
@@ -84,106 +93,133 @@ class Store:
             ValueError: if the folder holds no run.
         """
         try:
-            manifest = json.loads(self.manifest_file.read_text(encoding="utf-8"))
+            manifest = json.loads(self.folder.read(MANIFEST))
             version = manifest["format"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"out: expected the folder of a forgetting matrix, got {self.out} without a readable manifest.json; "
+                f"out: expected the folder of a forgetting matrix, got {self} without a readable manifest.json; "
                 "check the path"
             ) from error
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"out: expected a matrix of format {FORMAT_VERSION}, got format {version!r} in {self.out}; "
+                f"out: expected a matrix of format {FORMAT_VERSION}, got format {version!r} in {self}; "
                 "use the version of fastforget that wrote it"
             )
         return manifest
 
     @contextlib.contextmanager
-    def locked(self, *, create: bool = True) -> Iterator[None]:
-        """Hold the folder's lock, so that one driver at a time writes to it. The system frees it when a driver dies.
-
-        Args:
-            create: make the lock file where it is missing; otherwise a missing one is no lock.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            ValueError: if another driver holds it.
-        """
-        path = self.out / "lock"
-        if not create and not path.exists():
-            yield
-            return
-        with open(path, "ab") as file:
-            try:
-                lock(file.fileno())
-            except (BlockingIOError, PermissionError) as error:
-                raise ValueError(
-                    f"out: expected a folder that nobody writes to, got {self.out}, in use by another run; wait for it "
-                    "or choose another folder"
-                ) from error
-            yield
-
-    @contextlib.contextmanager
-    def opened(self, manifest: dict[str, Any]) -> Iterator[None]:
-        """Lock the folder, write the manifest where there is none, and clear away what a killed run left half done.
+    def opened(self, manifest: dict[str, Any], units: list[Unit] | None = None) -> Iterator[None]:
+        """Claim the share, write the manifest where there is none, and clear away what a killed run left half done.
 
         Args:
             manifest: what this run records.
+            units: those of the share; None for a whole run, to which every file belongs.
 
         Yields:
-            Nothing; the lock is held meanwhile.
+            Nothing; other drivers of the same work are kept away meanwhile.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        with self.locked():
-            if self.manifest_file.exists():
+        with self.folder.claimed(self.share) as self._lease:
+            try:
+                self.folder.create(MANIFEST, _json(manifest))
+            except FileExistsError:
                 self._check_same_run(manifest)
-            else:
-                self.write_json(self.manifest_file, manifest)
-            self.units.mkdir(exist_ok=True)
-            sync_folder(self.out)
-            for folder in (self.out, self.units):
-                for leftover in folder.glob(f"{TEMPORARY}*"):
-                    leftover.unlink()
-            self._drop_torn_line()
+            self.folder.clear(None if units is None else {self.journal, *(unit.file_name for unit in units)})
             yield
 
-    def write_json(self, path: Path, value: Any) -> None:
-        """Write a JSON file atomically.
+    # Small files
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Replace the manifest.
 
         Args:
-            path: the file.
-            value: what `json.dumps` takes.
+            manifest: the new one.
         """
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        self.folder.write(MANIFEST, _json(manifest))
+
+    def write_noise(self, noise: dict[str, Any]) -> None:
+        """Write the noise floor.
+
+        Args:
+            noise: what `measure_noise` returned.
+        """
+        self.folder.write(NOISE, _json(noise))
+
+    def has_noise(self) -> bool:
+        """Whether the noise floor has been measured."""
+        return self.folder.exists(NOISE)
+
+    def noise(self) -> dict[str, Any]:
+        """The noise floor.
+
+        Returns:
+            It; empty until it is measured.
+        """
+        try:
+            return json.loads(self.folder.read(NOISE))
+        except FileNotFoundError:
+            return {}
+
+    def audits(self) -> dict[str, Any]:
+        """Audited means of predicted rows, by task.
+
+        Returns:
+            They; empty where nothing is predicted.
+        """
+        try:
+            return json.loads(self.folder.read(AUDITS))
+        except FileNotFoundError:
+            return {}
+
+    def write_audits(self, audits: dict[str, Any]) -> None:
+        """Replace the audited means.
+
+        Args:
+            audits: By task.
+        """
+        self.folder.write(AUDITS, _json(audits))
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write a table where there is none; every driver of a run would write the same.
+
+        Args:
+            name: its file.
+            table: its content.
+        """
+        if not self.folder.exists(name):
+            self.folder.write_table(name, table)
+
+    def read_table(self, name: str) -> pa.Table:
+        """Read a table.
+
+        Args:
+            name: its file.
+
+        Returns:
+            The table.
+
+        Raises:
+            ValueError: if it is missing or damaged.
+        """
+        try:
+            return self.folder.read_table(name)
+        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+            raise ValueError(
+                f"out: cannot read {self}/{name}: {error}; delete it if it is damaged, and run the same command again"
+            ) from error
 
     # The journal
 
-    def _drop_torn_line(self) -> None:
-        """Cut an event that a power failure left half written, so that the next one starts a line."""
-        if self.journal_file.exists():
-            content = self.journal_file.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if whole != content:
-                write_atomically(self.journal_file, lambda temporary: temporary.write_bytes(whole))
-
     def record(self, event: str, **fields: Any) -> None:
-        """Append an event to the journal; it is on the disk when this returns.
+        """Append an event to the driver's journal; it is on the disk when this returns.
 
         Args:
             event: the kind of event.
             fields: what belongs to it.
         """
-        with open(self.journal_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **fields}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(self.out)
+        self.folder.append(self.journal, json.dumps({"event": event, **fields}))
 
     def events(self, event: str) -> list[dict[str, Any]]:
-        """The journal's events of one kind.
+        """The events of one kind in the driver's journal.
 
         Args:
             event: the kind.
@@ -191,13 +227,10 @@ class Store:
         Returns:
             The events, oldest first.
         """
-        if not self.journal_file.exists():
-            return []
-        lines = self.journal_file.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last \n is torn
-        return [entry for entry in map(json.loads, lines) if entry["event"] == event]
+        return [entry for entry in map(json.loads, self.folder.lines(self.journal)) if entry["event"] == event]
 
     def budget(self, unit: Unit, default: int) -> int:
-        """Tokens per batch of a unit: the last reduction that was recorded at or before it.
+        """Tokens per batch of a unit: the least of the reductions that were recorded at or before it.
 
         Args:
             unit: the unit.
@@ -207,17 +240,18 @@ class Store:
             The budget in tokens.
         """
         budgets = [e["tokens_per_batch"] for e in self.events("budget") if e["from_unit"] <= unit.index]
-        return budgets[-1] if budgets else default
+        return min([default, *budgets])
 
     # Units
 
     def finished(self) -> set[str]:
-        """The file names of the finished units.
+        """The file names of the finished units, of every driver.
 
         Returns:
             File names.
         """
-        return {path.name for path in self.units.glob("task-*.parquet")}
+        names = self.folder.names("units")
+        return {name for name in names if name.startswith("task-") and name.endswith(".parquet")}
 
     def write_unit(self, unit: Unit, examples: np.ndarray, columns: dict[str, np.ndarray]) -> None:
         """Write the file of a finished unit.
@@ -227,9 +261,11 @@ class Store:
             examples: its examples, int `[n]`.
             columns: `nll_sum` (nats), `tokens` and `exact`, `[n]` each.
         """
+        if self._lease is not None:
+            self._lease.check()
         task = np.full(len(examples), unit.task, dtype=np.int32)
         table = pa.table({"task": task, "example": examples.astype(np.int32), **columns}).cast(VALUES_SCHEMA)
-        write_atomically(self.units / unit.file_name, lambda path: pq.write_table(table, path))
+        self.folder.write_table(f"units/{unit.file_name}", table)
 
     def read_units(self, names: list[str]) -> pa.Table:
         """Read finished units.
@@ -243,13 +279,29 @@ class Store:
         Raises:
             ValueError: if a file is damaged.
         """
-        tables = [VALUES_SCHEMA.empty_table()]
-        for name in names:
-            try:
-                tables.append(pq.ParquetFile(self.units / name).read().cast(VALUES_SCHEMA))
-            except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-                raise ValueError(
-                    f"out: expected a finished unit, got the damaged file {self.units / name} ({error}); delete it and "
-                    "give the run's command again"
-                ) from error
-        return pa.concat_tables(tables)
+        return pa.concat_tables([VALUES_SCHEMA.empty_table(), *self.folder.map(self._read_unit, names)])
+
+    def _read_unit(self, name: str) -> pa.Table:
+        try:
+            return self.folder.read_table(f"units/{name}").cast(VALUES_SCHEMA)
+        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+            raise ValueError(
+                f"out: expected a finished unit, got the damaged file {self}/units/{name} ({error}); delete it and "
+                "give the run's command again"
+            ) from error
+
+
+def predicted_file(task: int) -> str:
+    """The file of a predicted row.
+
+    Args:
+        task: Its index.
+
+    Returns:
+        Its name in the folder.
+    """
+    return f"predicted/task-{task:04d}.parquet"
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -178,16 +178,15 @@ def _torch_products_(
     for result in (dot, fisher_norm, square_norm):
         result.zero_()
     for rows, gradients in gradient_blocks(activations, grad_outputs, bounds):
-        direction_rows, fisher_rows = (None if m is None else m[rows] for m in (direction, fisher))
+        direction_rows, fisher_rows = (None if m is None else m[rows].to(dot.dtype).flatten() for m in (direction, fisher))
         for example, gradient in gradients:
+            entries = gradient.view(-1)
             if direction_rows is not None:
-                dot[example] += (gradient * direction_rows).sum()
-            if fisher_rows is not None or norm:
-                gradient.square_()
+                dot[example] += torch.dot(entries, direction_rows)
             if norm:
-                square_norm[example] += gradient.sum()
+                square_norm[example] += torch.dot(entries, entries)
             if fisher_rows is not None:
-                fisher_norm[example] += gradient.mul_(fisher_rows).sum()
+                fisher_norm[example] += torch.dot(entries.square_(), fisher_rows)
 
 
 def _torch_dot_(dot: Tensor, activations: Tensor, grad_outputs: Tensor, bounds: list[int], direction: Tensor) -> None:

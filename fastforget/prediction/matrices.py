@@ -31,6 +31,9 @@ def matrix_values(matrix: Any) -> np.ndarray:
         ) from None
     if result.ndim != 2 or not result.size:
         raise ValueError(f"matrix: expected values [M, N], got shape {result.shape}")
+    predicted = getattr(matrix, "predicted", None)
+    if predicted is not None:  # what is predicted teaches nothing
+        result = np.where(predicted, np.nan, result)
     if not np.isfinite(result).any():
         raise ValueError("matrix: expected at least one finite value, got none")
     return result

@@ -28,7 +28,7 @@ BASELINES = {
 }
 TAIL = 8.0  # degrees of freedom of a prediction's error over its standard deviation
 LEFT_OUT = 30  # tasks that a baseline's error is measured on
-DRAWS = 400  # of a row, from which a screening's recall is expected
+DRAWS = 400  # of a row, from which a screening's recall is expected; fewer of a row longer than 100,000
 
 
 class Columns(NamedTuple):
@@ -82,8 +82,16 @@ class ForgettingPredictor:
             Settings(**settings).check()
         self.method, self.settings = method, settings
         self._known: np.ndarray | None = None
+        self._examples: list[str] | None = None
+        self._column_of: dict[str, int] = {}
         self._model: Any = None
         self._errors: dict[int, float] = {}
+
+    def __repr__(self) -> str:
+        """One line."""
+        settings = "".join(f", {name}={_short(value)}" for name, value in self.settings.items())
+        shape = "not fitted" if self._known is None else "fitted to {} tasks x {:,} examples".format(*self._known.shape)
+        return f"ForgettingPredictor({self.method!r}{settings}), {shape}"
 
     def fit(self, matrix: ForgettingMatrix | np.ndarray) -> ForgettingPredictor:
         """Learn from the tasks that are known.
@@ -106,6 +114,7 @@ class ForgettingPredictor:
                 f"matrix: {int(empty.sum())} tasks without a finite value are left out", RuntimeWarning, stacklevel=2
             )
         self._known = values[~empty]
+        self._examples, self._column_of = getattr(matrix, "examples", None), {}
         self._model, self._errors = self._fitted(self._known), {}
         return self
 
@@ -128,7 +137,7 @@ class ForgettingPredictor:
             random: How many of them are drawn at random; default: half of them, and none where `columns` are given. A method
                 without a variance has all of them random.
             seed: Of the draw.
-            columns: `[R]` columns that are evaluated already.
+            columns: `[R]` columns that are evaluated already, or ids.
             values: `[R]` their values, NaN where one could not be had.
 
         Returns:
@@ -139,7 +148,9 @@ class ForgettingPredictor:
         """
         model, known = self._fit(), self._known
         total = 0 if known is None else known.shape[1]
-        seen, seen_values = self._revealed([] if columns is None else columns, [] if values is None else values)
+        given = [] if columns is None else columns
+        known_columns, known_values = self._revealed(given, [] if values is None else values)
+        seen = np.unique(self._columns(given)).astype(np.int64)  # what could not be evaluated is not chosen again
         if not isinstance(count, int | np.integer) or not 0 <= count <= total - len(seen):
             raise ValueError(
                 f"count: expected an integer from 0 to {total - len(seen)} examples not seen, got {count!r}"
@@ -153,15 +164,15 @@ class ForgettingPredictor:
         drawn = np.random.default_rng(seed).choice(free, random, replace=False)
         best = np.zeros(0, np.int64)
         if chooses:
-            posterior = model.posterior(seen, seen_values) if len(seen) else None
-            best = model.choose(count - random, drawn, posterior)
+            posterior = model.posterior(known_columns, known_values) if len(known_columns) else None
+            best = model.choose(count - random, drawn, posterior, seen)
         return Columns(np.concatenate([best, drawn]), np.arange(count) >= count - random)
 
     def predict(self, columns: Any, values: Any, *, return_std: bool = False) -> Any:
         """A new task's row.
 
         Args:
-            columns: `[S]` evaluated examples.
+            columns: `[S]` evaluated examples: columns, or, after a fit to a `ForgettingMatrix`, its examples' ids.
             values: `[S]` their forgetting; NaN is left out.
             return_std: Also return the standard deviation of each prediction's error.
 
@@ -212,8 +223,8 @@ class ForgettingPredictor:
         without itself.
 
         Args:
-            columns: `[S]` evaluated examples.
-            values: `[S]`.
+            columns: As for `predict`.
+            values: As for `predict`.
             random: `[S]` bool: which of them were drawn at random from all examples, as `choose_columns` says.
             threshold: Also estimate the share of examples that are forgotten by more.
             level: Of the intervals.
@@ -229,7 +240,7 @@ class ForgettingPredictor:
         self._fit()
         if threshold is not None and not np.isfinite(threshold):
             raise ValueError(f"threshold: expected a finite number or None, got {threshold}")
-        columns, values, random = (np.asarray(given) for given in (columns, values, random))
+        columns, values, random = self._columns(columns), np.asarray(values), np.asarray(random)
         if random.shape != columns.shape or random.dtype != bool:
             raise ValueError(f"random: expected bool {columns.shape} like columns, got {random.dtype} {random.shape}")
         known = ~np.isnan(values.astype(np.float64))
@@ -262,10 +273,11 @@ class ForgettingPredictor:
         worst = np.argsort(-mean, kind="stable")[:k]
         generator = np.random.default_rng(seed)
         found = 0
-        for _ in range(DRAWS if k < len(mean) else 0):
+        draws = min(DRAWS, max(DRAWS * 100_000 // len(mean), 20)) if k < len(mean) else 0
+        for _ in range(draws):
             row = mean + std * np.sqrt((TAIL - 2) / TAIL) * generator.standard_t(TAIL, len(mean))
             found += int((row[worst] >= np.partition(row, -k)[-k]).sum())
-        return Screening(worst, found / (DRAWS * k) if k < len(mean) else 1.0)
+        return Screening(worst, found / (draws * k) if draws else 1.0)
 
     # Inside -----------------------------------------------------------------------------------------------------------
 
@@ -302,17 +314,37 @@ class ForgettingPredictor:
             self._errors[count] = np.sqrt(squares / max(total, 1))
         return self._errors[count]
 
+    def _columns(self, columns: Any) -> np.ndarray:
+        """Columns; ids are looked up."""
+        columns = np.asarray(columns)
+        if columns.dtype.kind not in "UOT" or columns.ndim != 1 or not columns.size:
+            return columns
+        if self._examples is None:
+            raise ValueError(
+                f"columns: expected integers after a fit to plain values, got {columns.tolist()[0]!r}; fit to a "
+                "ForgettingMatrix to use ids"
+            )
+        self._column_of = self._column_of or {name: j for j, name in enumerate(self._examples)}
+        unknown = [name for name in columns.tolist() if name not in self._column_of]
+        if unknown:
+            raise ValueError(f"columns: expected ids of the fitted matrix, got {unknown[0]!r}; see its .examples")
+        return np.array([self._column_of[name] for name in columns.tolist()], np.int64)
+
     def _revealed(self, columns: Any, values: Any) -> tuple[np.ndarray, np.ndarray]:
         """The entries that are known, each once."""
         self._fit()
         total = 0 if self._known is None else self._known.shape[1]
-        columns, values = known_entries(columns, values, total)
+        columns, values = known_entries(self._columns(columns), values, total)
         unique, first, place = np.unique(columns, return_index=True, return_inverse=True)
         if len(unique) == len(columns):
             return columns, values
         if (values != values[first][place]).any():
             raise ValueError("columns: expected one value a column, got a column with two")
         return unique, values[first]
+
+
+def _short(value: Any) -> str:
+    return f"[{' x '.join(map(str, value.shape))}]" if hasattr(value, "shape") else repr(value)
 
 
 def _check_level(level: float) -> None:
