@@ -89,7 +89,9 @@ def matrix(
     max_length: Annotated[int | None, typer.Option(help="Tokens an example may have; default: the model's.")] = None,
     tokens_per_batch: Annotated[int | None, typer.Option(help="Token budget of a batch; default: by device.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")] = None,
-    device: Annotated[str | None, typer.Option(help="torch device; default: the GPU if there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="torch device; auto: all GPUs; default: one GPU or the CPU.")
+    ] = None,
     eos: Annotated[bool, typer.Option("--eos", help="Count the end-of-sequence token after a response.")] = False,
     skip_empty: Annotated[bool, typer.Option("--skip-empty", help="Leave out rows that have no target token.")] = False,
     split: Annotated[str, typer.Option(help="Split of a datasets id.")] = "train",
@@ -98,6 +100,9 @@ def matrix(
     check_adapter_base: Annotated[bool, typer.Option(help="Refuse adapters that name another base.")] = True,
     progress: Annotated[bool, typer.Option(help="Show the progress bar.")] = True,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the models with torch.compile.")] = False,
+    tensor_parallel: Annotated[
+        bool, typer.Option("--tensor-parallel", help="Divide every model among torchrun's processes.")
+    ] = False,
     predict: Annotated[int | None, typer.Option(metavar="S", help="Evaluate S examples, predict the rest.")] = None,
     known: Annotated[str | None, typer.Option(help="Finished matrix of other tasks, for --predict.")] = None,
     shard: Annotated[
@@ -134,6 +139,7 @@ def matrix(
         check_adapter_base=check_adapter_base,
         progress=progress,
         compile=compile,
+        tensor_parallel=tensor_parallel,
         predict=predict,
         known=known,
         shard=shard,
@@ -143,6 +149,8 @@ def matrix(
     result = _stoppable(run)
     if shard and not result.complete:
         typer.echo(f"shard {shard} is finished; {result.unfinished.sum():,} values of {out} wait for other drivers")
+        return
+    if tensor_parallel and os.environ.get("RANK", "0") != "0":
         return
     _print_summary(result)
     if is_url:

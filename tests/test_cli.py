@@ -71,7 +71,7 @@ def test_matrix_passes_every_option_on(recorded, monkeypatch):
             "base": "b", "tasks": ["one=x", "y"], "upstream": "u.jsonl", "out": Path("o"), "max_length": 64,
             "tokens_per_batch": 128, "dtype": "bfloat16", "device": "cpu", "eos": True, "skip_empty": True,
             "split": "test", "config": "en", "noise_examples": 5, "check_adapter_base": False, "progress": False,
-            "compile": True, "predict": 30, "known": "k", "shard": None, "ray": "auto", "workers": 3,
+            "compile": True, "tensor_parallel": False, "predict": 30, "known": "k", "shard": None, "ray": "auto", "workers": 3,
         }
     ]  # fmt: skip
 
@@ -94,6 +94,7 @@ def test_matrix_defaults_are_those_of_the_function(recorded, monkeypatch):
         ("--no-check-adapter-base", {"check_adapter_base": False}),
         ("--no-progress", {"progress": False}),
         ("--compile", {"compile": True}),
+        ("--tensor-parallel", {"tensor_parallel": True}),
     ],
 )
 def test_matrix_flag_changes_one_argument(flag, changed, recorded, monkeypatch):

@@ -355,10 +355,8 @@ def test_the_progress_bar_counts_examples_and_tokens(world, tmp_path, capsys):
 
 def test_the_base_is_loaded_once_and_every_checkpoint_once(world, tmp_path, monkeypatch):
     loaded = []
-    from_pretrained, load = models._from_pretrained, models.ResidentModel._load
-    monkeypatch.setattr(
-        models, "_from_pretrained", lambda c, dtype: loaded.append(c.label) or from_pretrained(c, dtype)
-    )
+    from_pretrained, load = models.from_pretrained, models.ResidentModel._load
+    monkeypatch.setattr(models, "from_pretrained", lambda c, dtype: loaded.append(c.label) or from_pretrained(c, dtype))
     monkeypatch.setattr(models.ResidentModel, "_load", lambda self, c: loaded.append(c.label) or load(self, c))
     build(world, tmp_path / "out", ["full", "lora", "other"])
     # The adapter comes before the checkpoints, which overwrite the base that it needs.

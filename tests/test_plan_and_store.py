@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from fastforget._files import write_atomically
 from fastforget.matrix import plan
 from fastforget.matrix.store import Store
 
+CAPACITY = Path(__file__).parents[1] / "docs" / "capacity.md"
 MANIFEST = {"format": 1, "inputs": {"base": {"weights": "a"}, "settings": {"dtype": "float32"}}, "environment": {}}
 
 # The plan
@@ -178,3 +180,21 @@ def test_a_manifest_that_cannot_be_used_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match=r"expected a matrix of format 1, got format 99"):
         store.manifest()
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in CAPACITY.read_text().splitlines() if line.startswith("| 1") and "%" in line]
+)
+def test_the_capacity_page_says_how_much_is_padding(line):
+    """Its table, measured."""
+    count, budget, *shown = (cell.strip() for cell in line.strip("|").split("|"))
+    n, tokens_per_batch = int(count.replace(",", "")), int(budget.replace(",", ""))
+    generator = np.random.default_rng(0)
+    tail = np.clip(generator.lognormal(5.5, 1.0, n), 2, 2048).astype(int)
+    uniform = np.random.default_rng(0).integers(2, 513, n)
+    for lengths, claimed in zip((tail, uniform), shown, strict=True):
+        shards = [lengths[shard] for shard in plan.shards(lengths)]
+        padded = sum(
+            (b.stop - b.start) * int(shard[b.start]) for shard in shards for b in plan.batches(shard, tokens_per_batch)
+        )
+        assert f"{100 * (1 - lengths.sum() / padded):.2g}%" == claimed

@@ -24,6 +24,7 @@ from fastforget.fisher.reductions import Reduction
 from fastforget.fisher.tape import Tape
 from fastforget.fisher.watched import Watched
 from fastforget.ops import linear_cross_entropy
+from fastforget.ops._dispatch import no_autocast
 from fastforget.ops._logit_gradient import ExponentialBlocks, logit_gradient_blocks
 
 __all__ = ["FusedHead"]
@@ -111,7 +112,7 @@ class _HeadLoss(torch.autograd.Function):
         softcap, scale = fused.transform.softcap, fused.transform.scale
         labels, ctx.run, ctx.kept = run.labels, run, None
         if run.seed is None and ExponentialBlocks.fit(x, weight, softcap, fused.impl):
-            with torch.autocast(x.device.type, enabled=False):
+            with no_autocast(x.device):
                 ctx.kept = ExponentialBlocks(x, weight, bias, labels, scale)
             loss, lse = ctx.kept.loss, ctx.kept.lse
         else:
@@ -126,7 +127,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Any:  # type: ignore[override]
         x, weight, bias, labels, lse = ctx.saved_tensors
         run: _Pass = ctx.run
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), no_autocast(x.device):
             return _backward(run, ctx.kept, x, weight, bias, labels, lse, grad), None, None, None, None
 
 

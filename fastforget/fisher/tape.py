@@ -27,6 +27,7 @@ from fastforget._head import current_forward, swapped_forward
 from fastforget.fisher.examples import Examples, LayoutError
 from fastforget.fisher.gradients import How, Piece, PositionError, reduce_
 from fastforget.fisher.graph import Seen, in_backward
+from fastforget.ops._dispatch import no_autocast
 
 if TYPE_CHECKING:
     from fastforget.fisher.reductions import Reductions
@@ -314,7 +315,7 @@ class Tape:
     def _accumulate(self, examples: Examples, name: str, pieces: Sequence[Piece]) -> None:
         with (
             torch.no_grad(),
-            torch.autocast(examples.owner.device.type, enabled=False),
+            no_autocast(examples.owner.device),
             self.reductions.reduction(name) as into,
         ):
             try:

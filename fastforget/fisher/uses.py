@@ -94,10 +94,13 @@ class Uses(TorchFunctionMode):
                 return derived
         if func not in FUNCTIONS or (any(use.transposed for use in used) and FUNCTIONS[func] is not _product):
             raise NoRule(func)
-        try:
-            SIGNATURES[func].bind(self, func, *args, **kwargs)
-        except TypeError as error:
-            raise NoRule(func) from error
+        form = func, len(args), *kwargs
+        if form not in _KNOWN_FORMS:
+            try:
+                SIGNATURES[func].bind(self, func, *args, **kwargs)
+            except TypeError as error:
+                raise NoRule(func) from error
+            _KNOWN_FORMS.add(form)
         with self.seen(used):
             return FUNCTIONS[func](self, func, *args, **kwargs)
 
@@ -311,4 +314,6 @@ for _names, _rule in (
         FUNCTIONS[getattr(Tensor, _name)] = _rule
         if hasattr(torch, _name):
             FUNCTIONS[getattr(torch, _name)] = _rule
+_KNOWN_FORMS: set[tuple[Any, ...]] = set()
+"""Functions with numbers and names of arguments that their rules take: to ask a signature takes longer than the rest."""
 SIGNATURES = {function: inspect.signature(rule) for function, rule in FUNCTIONS.items()}

@@ -209,7 +209,7 @@ class LocalFolder(Folder):
 
     @override
     def clear(self, names: set[str] | None) -> None:
-        for folder in (self.path, self.path / "units"):
+        for folder in (self.path, self.path / "units", self.path / "predicted"):
             for leftover in folder.glob(f"{TEMPORARY}*"):
                 if names is None or leftover.name.endswith(tuple(names)):
                     leftover.unlink(missing_ok=True)

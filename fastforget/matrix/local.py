@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
@@ -24,11 +25,22 @@ class LocalRun:
         job: what the run computes.
         store: its files.
         units: those that this driver computes, finished or not.
+        spread: put a model on all devices of the job's kind.
+        load: makes the resident model.
     """
 
-    def __init__(self, job: Job, store: Store, units: list[Unit]):
+    def __init__(
+        self,
+        job: Job,
+        store: Store,
+        units: list[Unit],
+        *,
+        spread: bool = False,
+        load: Callable[..., ResidentModel] = ResidentModel,
+    ):
         self.job, self.store, self.units = job, store, units
-        self.resident = ResidentModel(job.models[0], job.device, job.dtype, compile=job.buckets is not None)
+        options = {name: True for name, wanted in (("compile", job.buckets), ("spread", spread)) if wanted}
+        self.resident = load(job.models[0], job.device, job.dtype, **options)
 
     def check(self, *, check_adapter_base: bool) -> None:
         """Refuse tasks that cannot be loaded into the base.
@@ -41,7 +53,7 @@ class LocalRun:
 
     def environment(self) -> dict[str, str]:
         """Versions and hardware of this process."""
-        return environment(self.job.device)
+        return environment(self.job.device) | self.resident.environment()
 
     def close(self) -> None:
         """Nothing to end."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fastforget import perplexity
 from fastforget.matrix.checkpoints import (
@@ -33,20 +34,31 @@ class ResidentModel:
         device: where it stays.
         dtype: its parameters' dtype.
         compile: compile its body for the shapes of `plan.Buckets`.
+        spread: over all devices of `device`'s type, layer by layer.
     """
 
-    def __init__(self, base: Checkpoint, device: str, dtype: torch.dtype, *, compile: bool = False):
+    def __init__(
+        self, base: Checkpoint, device: str, dtype: torch.dtype, *, compile: bool = False, spread: bool = False
+    ):
         self.base = base
         self.config = load_config(base)
         self.device, self.dtype = device, dtype
         tensor_shapes(base)  # says which file is damaged, where transformers may not
         try:
-            self.model: nn.Module = _from_pretrained(base, dtype).to(device).eval()
+            options = {"device_map": "auto" if torch.device(device).type == "cuda" else {"": device}} if spread else {}
+            loaded = from_pretrained(base, dtype, **options)
+            self.model: nn.Module = (loaded if spread else loaded.to(device)).eval()
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"base: expected a model that fits on {device}, got {base.path} in {dtype}: "
                 f"{str(error).splitlines()[0]}; choose a narrower dtype or another device"
             ) from error
+        elsewhere = {str(p.device) for p in self.model.parameters()} & {"meta", *(["cpu"] if "cuda" in device else [])}
+        if elsewhere:
+            raise ValueError(
+                f"base: expected a model that fits on the devices of this machine, got {base.path} in {dtype}, of which a part "
+                "was put off to the CPU or the disk; choose a narrower dtype, or tensor_parallel over more machines"
+            )
         self._compile = compile
         if compile:
             self.model.requires_grad_(False)  # as PEFT leaves it: graphs hold for one setting
@@ -56,6 +68,10 @@ class ResidentModel:
         self._slot: tuple[Any, nn.Module] | None = None  # an adapter that stays on for one of the same form
 
     # Before the run
+
+    def environment(self) -> dict[str, str]:
+        """What a manifest says of how models are held, where that moves values by rounding."""
+        return {}
 
     def check(self, task: Checkpoint, *, check_adapter_base: bool = True) -> None:
         """Refuse a task that cannot be loaded into the base, from the headers of its files.
@@ -234,7 +250,7 @@ class ResidentModel:
             or not names <= state.keys()
             or any(_place(tensor) not in places for tensor in state.values())
         ):
-            self._copy(checkpoint, state, _from_pretrained(checkpoint, self.dtype).state_dict())
+            self._copy(checkpoint, state, from_pretrained(checkpoint, self.dtype).state_dict())
             return
         written: dict[Any, str] = {}
         for path in files:
@@ -297,7 +313,12 @@ def parameters_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     Yields:
         Nothing.
+
+    Raises:
+        ValueError: if they are divided among processes.
     """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError("the parameters are divided among processes, and stay as they are")
     narrow = {p: p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < dtype.itemsize}
     try:
         for parameter in narrow:
@@ -312,14 +333,30 @@ def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tuple(tensor.shape)
 
 
-def _from_pretrained(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def from_pretrained(checkpoint: Checkpoint, dtype: torch.dtype, **options: Any) -> Any:
+    """A checkpoint's model, all of whose tensors were in its files.
+
+    Args:
+        checkpoint: the checkpoint.
+        dtype: its parameters' dtype.
+        **options: of transformers, such as `device_map`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+        torch.OutOfMemoryError: if there is no room for it.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     had_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=dtype, output_loading_info=True, **options
+        )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # safetensors and remote files have their own

@@ -58,6 +58,7 @@ def forgetting_matrix(
     shard: str | None = None,
     ray: str | None = None,
     workers: int | None = None,
+    tensor_parallel: bool = False,
 ) -> ForgettingMatrix:
     """Build the forgetting matrix Z[i, j] = lp_j(task i) - lp_j(base), in nats per token.
 
@@ -76,7 +77,8 @@ def forgetting_matrix(
         tokens_per_batch: padded tokens that one forward takes; default: by device and dtype. Halved by itself when
             memory runs out.
         dtype: of the parameters, such as "bfloat16"; default: as the base was saved.
-        device: default: the GPU if there is one, else the CPU.
+        device: default: the GPU if there is one, else the CPU. `auto` puts a model on all GPUs, layer by layer, as
+            transformers' `device_map="auto"` does, for one that is too large for a single GPU.
         eos: append the end-of-sequence token to every `response`, as a target.
         skip_empty: leave out rows without a target token instead of refusing them.
         split: the split of a data set.
@@ -94,6 +96,8 @@ def forgetting_matrix(
         ray: compute on a Ray cluster: its address, `auto` for the one of this machine, `local` for a new one. The
             checkpoints have to be readable on every node, under the same paths.
         workers: how many Ray workers; default: one a GPU, or one a node where there are none.
+        tensor_parallel: every process that torchrun has started holds a part of each model, by the plan that
+            transformers has for it. For full checkpoints.
 
     Returns:
         The matrix; with `shard` it is partial until every driver has finished, see its `complete`.
@@ -121,9 +125,13 @@ def forgetting_matrix(
     forecast = None if predict is None or known is None else _forecast(known, predict)
     store = Store(out, parse_share(shard))
     with contextlib.ExitStack() as stack:
-        if ray is None:
-            on = choose_device(device, one_of_many=shard == "auto")
-            run: Callable[..., Any] = LocalRun
+        if tensor_parallel:
+            on, run, progress = _in_step(store, device, progress, shard=shard, ray=ray, compile=compile)
+        elif ray is None:
+            on = choose_device(None if device == "auto" else device, one_of_many=shard == "auto")
+
+            def run(*args: Any) -> Any:
+                return LocalRun(*args, spread=device == "auto")
         else:
             on, run = _on_cluster(stack, ray, workers, device, store.share)
         paths = named_tasks(tasks)
@@ -154,6 +162,19 @@ def forgetting_matrix(
         if forecast is not None:
             forecast.write(store, job)
     return ForgettingMatrix.load(out)
+
+
+def _in_step(store: Store, device: Any, progress: bool, **others: Any) -> tuple[str, Callable[..., Any], bool]:
+    from fastforget.matrix import parallel
+
+    for name, value in others.items():
+        if value:
+            raise ValueError(
+                f"{name}: expected none with tensor_parallel, got {value!r}; its processes share every model"
+            )
+    on = parallel.begin(device)
+    store.folder = parallel.FolderInStep(store.folder)
+    return on, partial(LocalRun, load=parallel.ParallelModel), progress and store.folder.first
 
 
 def _forecast(known: PathLike, count: int) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["resolve", "tileable"]
+__all__ = ["no_autocast", "resolve", "tileable"]
 
 # Settled at import: a cached function would warn under torch.compile, which traces `resolve`.
 _TRITON_PROBLEM: str | None = None
@@ -51,6 +54,19 @@ def resolve(impl: str, device: torch.device) -> tuple[str, str]:
             'impl="torch" (to interpret the kernels on the CPU, set TRITON_INTERPRET=1 before Python starts)'
         )
     return "triton", "asked for"
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off inside: what an operation gets is cast already, and its sums stay wide.
+
+    Args:
+        device: Of the operation.
+
+    Returns:
+        A context, which costs nothing where autocast is off anyway.
+    """
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def tileable(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastforget.ops._dispatch import resolve, tileable
+from fastforget.ops._dispatch import no_autocast, resolve, tileable
 from fastforget.ops._examples import (
     accumulator,
     capturing,
@@ -97,7 +97,7 @@ def _run(
     implementation, _ = resolve(impl, activations.device)
     refuse_float64(implementation, activations)
     bounds = [] if implementation == "triton" and capturing(offsets) else example_bounds(offsets, activations.shape[0])
-    with torch.cuda.device_of(activations), torch.autocast(activations.device.type, enabled=False):
+    with torch.cuda.device_of(activations), no_autocast(activations.device):
         if implementation == "triton":
             from fastforget_kernels.example_gradients import fisher_accumulate_ as kernel_
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastforget.ops._dispatch import resolve, tileable
+from fastforget.ops._dispatch import no_autocast, resolve, tileable
 from fastforget.ops._examples import (
     FLOATS,
     accumulator,
@@ -132,7 +132,7 @@ def _products(
     dot, _, square_norm = results
     tokens = (tileable(activations), tileable(grad_outputs))
     only_norm = fisher is None and direction is None
-    with torch.cuda.device_of(activations), torch.autocast(activations.device.type, enabled=False):
+    with torch.cuda.device_of(activations), no_autocast(activations.device):
         if only_norm and bounds and _ghost_is_cheaper(bounds, *tokens):
             if triton:
                 from fastforget_kernels.ghost_norm import ghost_norm_
@@ -177,8 +177,13 @@ def _torch_products_(
 ) -> None:
     for result in (dot, fisher_norm, square_norm):
         result.zero_()
+    if activations.shape[1] > grad_outputs.shape[1]:  # tall tiles are faster on a CPU than wide ones
+        activations, grad_outputs = grad_outputs, activations
+        fisher, direction = (None if m is None else m.T for m in (fisher, direction))
     for rows, gradients in gradient_blocks(activations, grad_outputs, bounds):
-        direction_rows, fisher_rows = (None if m is None else m[rows].to(dot.dtype).flatten() for m in (direction, fisher))
+        direction_rows, fisher_rows = (
+            None if m is None else m[rows].to(dot.dtype).flatten() for m in (direction, fisher)
+        )
         for example, gradient in gradients:
             entries = gradient.view(-1)
             if direction_rows is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastforget.ops import _linear_cross_entropy_torch as torch_path
-from fastforget.ops._dispatch import resolve, tileable
+from fastforget.ops._dispatch import no_autocast, resolve, tileable
 from fastforget.ops._examples import FLOATS, accumulator, capturing
 from fastforget.ops._exponential_race import row_keys
 
@@ -217,7 +217,7 @@ def _forward(
     else:
         forward_ = torch_path.forward_
     # The inputs are cast already; sums stay in float32.
-    with torch.cuda.device_of(input), torch.autocast(input.device.type, enabled=False):
+    with torch.cuda.device_of(input), no_autocast(input.device):
         forward_(loss, hit, lse, tileable(input), tileable(weight), label, bias, softcap, scale, keys)
     ignored = target == ignore_index
     loss.masked_fill_(ignored, 0.0)
@@ -272,7 +272,7 @@ def _backward(
     grad_input = input.new_zeros(input.shape if need_input else 0, dtype=dtype)
     grad_weight = weight.new_empty(weight.shape if need_weight else 0)
     grad_bias = weight.new_empty(classes if need_bias else 0)
-    with torch.cuda.device_of(input), torch.autocast(input.device.type, enabled=False):
+    with torch.cuda.device_of(input), no_autocast(input.device):
         for v in range(0, classes, block[1]):
             columns = slice(v, v + block[1])
             weight_block = weight[columns]  # [C, H]

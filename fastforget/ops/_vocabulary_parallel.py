@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastforget.ops import _linear_cross_entropy_torch as torch_path
-from fastforget.ops._dispatch import tileable
+from fastforget.ops._dispatch import no_autocast, tileable
 from fastforget.ops._examples import accumulator
 from fastforget.ops._exponential_race import row_keys
 from fastforget.ops._linear_cross_entropy import (
@@ -115,7 +115,7 @@ def own_report(
         from fastforget_kernels.linear_cross_entropy import linear_cross_entropy_forward_ as forward_
     else:
         forward_ = torch_path.forward_
-    with torch.cuda.device_of(input), torch.autocast(input.device.type, enabled=False):
+    with torch.cuda.device_of(input), no_autocast(input.device):
         tensors = (loss, hit, lse, tileable(input), tileable(weight), label, bias)
         forward_(*tensors, softcap, scale, keys, first, row_max, row_best)
     return Report(lse, row_max, loss, hit, row_best, label + first)

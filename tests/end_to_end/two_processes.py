@@ -46,7 +46,13 @@ def run_in_two_processes(script: str, folder: Path) -> None:
         subprocess.Popen(
             [sys.executable, "-X", "faulthandler", str(path)],
             env=os.environ
-            | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
             | {"PYTHONPATH": os.pathsep.join([tests, *sys.path])},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
