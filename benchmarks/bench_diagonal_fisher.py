@@ -95,10 +95,8 @@ class Problem:
         return torch.stack(errors)
 
 
-@pytest.fixture(scope="module", params=CASES["cuda" if torch.cuda.is_available() else "cpu"], ids=str)
-def problem(request: pytest.FixtureRequest, device: torch.device) -> Iterator[Problem]:
-    """A random model and batch, and the right Fisher."""
-    case: Case = request.param
+def random_model(case: Case, device: torch.device) -> tuple[Any, Tensor]:
+    """A model of the case's shape, in eval mode, and a batch `[B, T]` of token ids."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=case.vocabulary,
@@ -109,8 +107,16 @@ def problem(request: pytest.FixtureRequest, device: torch.device) -> Iterator[Pr
         num_key_value_heads=case.key_value_heads,
         tie_word_embeddings=case.tied,
     )
-    model = LlamaForCausalLM(config).to(device, case.dtype).eval()
+    model: Any = LlamaForCausalLM(config).to(device, case.dtype).eval()  # type: ignore[arg-type]
     ids = torch.randint(case.vocabulary, (case.examples, case.tokens), device=device)
+    return model, ids
+
+
+@pytest.fixture(scope="module", params=CASES["cuda" if torch.cuda.is_available() else "cpu"], ids=str)
+def problem(request: pytest.FixtureRequest, device: torch.device) -> Iterator[Problem]:
+    """A random model and batch, and the right Fisher."""
+    case: Case = request.param
+    model, ids = random_model(case, device)
     sums = {name: torch.zeros_like(p.detach(), dtype=torch.float32) for name, p in model.named_parameters()}
     made = Problem(case, model, ids, sums, in_wider_dtype(model, ids), 1e-4)
     if case.dtype == torch.bfloat16:  # what the loop loses in this dtype is what may be lost

@@ -18,11 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-from bench_diagonal_fisher import CASES
+from bench_diagonal_fisher import CASES, random_model
 from conftest import TURNS
 from fisher_peers import loss_of
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastforget as ff
 
@@ -53,18 +52,7 @@ def loop(model: Any, ids: Tensor, fisher: Tensors, anchor: Tensors) -> Tensor:
 def problem(request: pytest.FixtureRequest, device: torch.device) -> dict[str, Any]:
     """A random model and batch, a Fisher, an anchor, and the scores in float64."""
     case = request.param
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=case.vocabulary,
-        hidden_size=case.hidden,
-        intermediate_size=case.intermediate,
-        num_hidden_layers=case.layers,
-        num_attention_heads=case.heads,
-        num_key_value_heads=case.key_value_heads,
-        tie_word_embeddings=case.tied,
-    )
-    model: Any = LlamaForCausalLM(config).to(device, case.dtype).eval()  # type: ignore[arg-type]
-    ids = torch.randint(case.vocabulary, (case.examples, case.tokens), device=device)
+    model, ids = random_model(case, device)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     fisher = {name: torch.rand_like(p, dtype=torch.float32) for name, p in parameters.items()}
     anchor = {name: p + 0.01 * torch.randn_like(p) for name, p in parameters.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -180,6 +181,15 @@ def _implementation(impl: str, input: Tensor) -> str:
     return implementation
 
 
+def _forward_of(impl: str, input: Tensor) -> Callable[..., None]:
+    """The launcher of the kernel, or what takes its place."""
+    if _implementation(impl, input) == "torch":
+        return torch_path.forward_
+    from fastforget_kernels.linear_cross_entropy import linear_cross_entropy_forward_
+
+    return linear_cross_entropy_forward_
+
+
 def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
     """Refuse labels out of range; not while a CUDA graph is captured, where such a row becomes NaN."""
     if capturing(target):
@@ -212,10 +222,7 @@ def _forward(
     else:
         ids = torch.arange(len(target), device=target.device) if row_ids is None else row_ids
         label, keys = drawn.zero_(), row_keys(sample_seed, ids)
-    if _implementation(impl, input) == "triton":
-        from fastforget_kernels.linear_cross_entropy import linear_cross_entropy_forward_ as forward_
-    else:
-        forward_ = torch_path.forward_
+    forward_ = _forward_of(impl, input)
     # The inputs are cast already; sums stay in float32.
     with torch.cuda.device_of(input), no_autocast(input.device):
         forward_(loss, hit, lse, tileable(input), tileable(weight), label, bias, softcap, scale, keys)

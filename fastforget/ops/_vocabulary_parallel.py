@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastforget.ops import _linear_cross_entropy_torch as torch_path
 from fastforget.ops._dispatch import no_autocast, tileable
 from fastforget.ops._examples import accumulator
 from fastforget.ops._exponential_race import row_keys
@@ -27,7 +26,7 @@ from fastforget.ops._linear_cross_entropy import (
     _backward,
     _check_labels,
     _empty_results,
-    _implementation,
+    _forward_of,
 )
 
 __all__ = ["Report", "merged", "own_report", "vocabulary_parallel"]
@@ -111,10 +110,7 @@ def own_report(
     else:
         ids = torch.arange(len(target), device=target.device) if row_ids is None else row_ids
         label, keys = drawn.zero_(), row_keys(sample_seed, ids)
-    if _implementation(impl, input) == "triton":
-        from fastforget_kernels.linear_cross_entropy import linear_cross_entropy_forward_ as forward_
-    else:
-        forward_ = torch_path.forward_
+    forward_ = _forward_of(impl, input)
     with torch.cuda.device_of(input), no_autocast(input.device):
         tensors = (loss, hit, lse, tileable(input), tileable(weight), label, bias)
         forward_(*tensors, softcap, scale, keys, first, row_max, row_best)
