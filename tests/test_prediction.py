@@ -197,6 +197,18 @@ def test_small_matrices(method: str, shape: tuple[int, int]):
     assert random.shape == chosen.shape
 
 
+@pytest.mark.parametrize("shape", [(20, 100), (7, 50), (5, 1), (3, 3)])
+def test_rows_that_are_all_constant(shape: tuple[int, int]):
+    """Nothing tells examples apart, and nothing is noise: what is seen of a row is all of it."""
+    for seed in range(20):
+        values = np.repeat(np.random.default_rng(seed).normal(size=(shape[0], 1)), shape[1], 1)
+        predictor = ff.ForgettingPredictor().fit(values)
+        columns, _ = predictor.choose_columns(min(3, shape[1]))
+        mean, std = predictor.predict(columns, np.full(len(columns), 0.7), return_std=True)
+        assert np.abs(mean - 0.7).max() < 0.02
+        assert np.isfinite(std).all()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -87,6 +87,23 @@ class Forecast:
             KNOWN: pa.table({"log_perplexity": self.known.base, "exact": self.known.base_exact}),
         }
 
+    def missing(self, store: Store, job: "Job") -> bool:
+        """Whether a row whose units are finished is not predicted yet.
+
+        Args:
+            store: The run's files.
+            job: What it computes.
+
+        Returns:
+            Whether `write` has something to do.
+        """
+        finished, there = store.finished(), set(store.folder.names("predicted"))
+        names = {task: [u.file_name for u in job.units if u.task in (-1, task)] for task in range(len(job.models) - 1)}
+        return any(
+            finished.issuperset(units) and predicted_file(task).rpartition("/")[2] not in there
+            for task, units in names.items()
+        )
+
     def write(self, store: Store, job: "Job") -> None:
         """Predict the rows whose units are finished, unless they are predicted already.
 
@@ -100,7 +117,6 @@ class Forecast:
             return
         base = self._row(store, files[-1])
         self._compare(base)
-        audits = store.audits()
         for task in range(len(job.models) - 1):
             name = job.model(task).name
             if not finished.issuperset(files[task]) or store.folder.exists(predicted_file(task)):
@@ -112,9 +128,8 @@ class Forecast:
                 )
                 continue
             mean, std = self.predictor.predict(self.columns, values, return_std=True)
-            audits |= self._audit(name, values)
-            store.write_audits(audits)
-            store.write_table(predicted_file(task), pa.table({"mean": mean, "std": std}))
+            audit = {"audit": json.dumps(self._audit(values))}
+            store.write_table(predicted_file(task), pa.table({"mean": mean, "std": std}).replace_schema_metadata(audit))
 
     def _row(self, store: Store, files: list[str]) -> np.ndarray:
         """Log-perplexities of the evaluated examples, NaN where they are not finite."""
@@ -135,8 +150,8 @@ class Forecast:
                 stacklevel=4,
             )
 
-    def _audit(self, name: str, values: np.ndarray) -> dict[str, Any]:
+    def _audit(self, values: np.ndarray) -> dict[str, float] | None:
         if (self.random & np.isfinite(values)).sum() < FEWEST_AUDITED:
-            return {}
+            return None
         mean = self.predictor.audit(self.columns, values, self.random, level=AUDIT_LEVEL).mean
-        return {name: {"mean": mean.value, "low": mean.low, "high": mean.high, "level": AUDIT_LEVEL}}
+        return {"mean": mean.value, "low": mean.low, "high": mean.high, "level": AUDIT_LEVEL}

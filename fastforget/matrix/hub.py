@@ -28,6 +28,11 @@ __all__ = ["export", "fetch", "is_export", "push", "read_export"]
 FORMAT_VERSION = 1
 FILES = ("README.md", "matrix.json", "values.parquet")
 TASKS_LISTED = 200  # on the card
+PREDICTED = (
+    "**Some values are predictions**, not measurements: those with a `std/<task>`, their standard deviation, which is null "
+    "where a value was measured. Means of such rows are means of measured and predicted values; `matrix.json` has the means "
+    "that the examples drawn at random confirm."
+)
 SIZES = [(1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M"), (1e300, "n>10M")]
 
 
@@ -233,6 +238,7 @@ def _card(matrix: ForgettingMatrix, texts: bool) -> str:
         f"on a task, in {matrix.unit}; positive is forgotten. Null is not measured, NaN not finite. `exact/<task>` is true "
         "where the base gives the right answer and the fine-tuned model does not, null where the base does not. `base` is "
         "the base's log-perplexity.",
+        *(["", PREDICTED] if matrix.predicted is not None and matrix.predicted.any() else []),
         "",
         "| | |",
         "|---|---|",

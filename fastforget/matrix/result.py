@@ -1,5 +1,6 @@
 """The forgetting matrix of a run: values, exact match, summary, and how much of it is low-rank."""
 
+import json
 import os
 import warnings
 from collections import Counter
@@ -104,7 +105,7 @@ class ForgettingMatrix:
             values = perplexity[1:] - perplexity[0]
         values[~np.isfinite(values)] = np.nan
         measured = seen[1:] & seen[0]
-        predictions = _predictions(store, values, perplexity[0], exact[0], measured)
+        predictions = _predictions(store, names, values, perplexity[0], exact[0], measured)
         unfinished = ~measured
         if "predicted" in predictions:
             unfinished &= ~predictions["predicted"]
@@ -358,7 +359,7 @@ class ForgettingMatrix:
 
 
 def _predictions(
-    store: Store, values: np.ndarray, base: np.ndarray, base_exact: np.ndarray, measured: np.ndarray
+    store: Store, tasks: list[str], values: np.ndarray, base: np.ndarray, base_exact: np.ndarray, measured: np.ndarray
 ) -> dict[str, Any]:
     """Fill what was not evaluated of `values`, `base` and `base_exact`, in place, and say where."""
     if not store.folder.exists(EVALUATED):
@@ -368,15 +369,18 @@ def _predictions(
     rest[store.read_table(EVALUATED)["example"].to_numpy()] = False
     base[rest] = known["log_perplexity"].to_numpy()[rest]
     base_exact[rest] = known["exact"].to_numpy(zero_copy_only=False)[rest]
-    predicted, uncertainty = np.zeros(values.shape, bool), np.full(values.shape, np.nan)
-    for task in range(len(values)):
+    predicted, uncertainty, audits = np.zeros(values.shape, bool), np.full(values.shape, np.nan), {}
+    for task, name in enumerate(tasks):
         if store.folder.exists(predicted_file(task)):
             row = store.read_table(predicted_file(task))
             here = rest & ~measured[task]
             values[task, here] = row["mean"].to_numpy()[here]
             uncertainty[task, here] = row["std"].to_numpy()[here]
             predicted[task] = here
-    return {"predicted": predicted, "uncertainty": uncertainty, "audits": store.audits()}
+            audit = (row.schema.metadata or {}).get(b"audit")
+            if audit:
+                audits[name] = json.loads(audit)
+    return {"predicted": predicted, "uncertainty": uncertainty, "audits": audits}
 
 
 def singular_order(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -123,6 +123,10 @@ def forgetting_matrix(
         given, other = ("predict", "known") if known is None else ("known", "predict")
         raise ValueError(f"{other}: expected one with {given}, got none; predictions need both")
     forecast = None if predict is None or known is None else _forecast(known, predict)
+    if device == "auto" and (ray is not None or tensor_parallel):
+        raise ValueError(
+            f"device: expected none with {'ray' if ray is not None else 'tensor_parallel'}, got 'auto'; it is for one process"
+        )
     store = Store(out, parse_share(shard))
     with contextlib.ExitStack() as stack:
         if tensor_parallel:
@@ -159,8 +163,6 @@ def forgetting_matrix(
         )
         manifest = job.manifest(settings, tokenizer_fingerprint(tokenizer))
         _execute(job, store, manifest, run, progress=progress, check_adapter_base=check_adapter_base)
-        if forecast is not None:
-            forecast.write(store, job)
     return ForgettingMatrix.load(out)
 
 
@@ -207,6 +209,9 @@ def _execute(
     store.check(manifest)
     units = shares.units_of(store.share, job.units, job.tokens(job.units))
     if _nothing_left(job, store, units):
+        if job.forecast is not None and job.forecast.missing(store, job):
+            with _opened(job, store, manifest, units):
+                pass
         return
     _check_disk(job, store, units)
     with contextlib.closing(make_run(job, store, units)) as run:
@@ -232,6 +237,8 @@ def _opened(job: Job, store: Store, manifest: dict[str, Any], units: list[Unit])
             for name, table in job.tables().items():
                 store.write_table(name, table)
             yield
+            if job.forecast is not None:
+                job.forecast.write(store, job)
             if not store.events("finished"):
                 store.record("finished", units=len(units))
         except OSError as error:
@@ -242,9 +249,10 @@ def _opened(job: Job, store: Store, manifest: dict[str, Any], units: list[Unit])
 
 
 def _check_disk(job: Job, store: Store, units: list[Unit]) -> None:
-    if not isinstance(store.folder, LocalFolder):
+    own = getattr(store.folder, "folder", store.folder)  # of processes in step
+    if not isinstance(own, LocalFolder):
         return
-    path = store.folder.path
+    path = own.path
     folder = next(f for f in (path, *path.absolute().parents) if f.exists())
     left = len({unit.file_name for unit in units} - store.finished())
     values = left * (len(job.examples.ids) / len(job.shards) * BYTES_A_VALUE + BYTES_A_UNIT)

@@ -17,8 +17,8 @@ from fastforget.matrix.shares import Share
 
 FORMAT_VERSION = 1
 MANIFEST, NOISE = "manifest.json", "noise.json"
-# Of a run that predicts: which examples are evaluated, the known base's row, and what the random ones confirm.
-EVALUATED, KNOWN, AUDITS = "evaluated.parquet", "known.parquet", "audits.json"
+# Of a run that predicts: which examples are evaluated, and the known base's row.
+EVALUATED, KNOWN = "evaluated.parquet", "known.parquet"
 VALUES_SCHEMA = pa.schema(
     [
         ("task", pa.int32()),
@@ -158,25 +158,6 @@ class Store:
             return json.loads(self.folder.read(NOISE))
         except FileNotFoundError:
             return {}
-
-    def audits(self) -> dict[str, Any]:
-        """Audited means of predicted rows, by task.
-
-        Returns:
-            They; empty where nothing is predicted.
-        """
-        try:
-            return json.loads(self.folder.read(AUDITS))
-        except FileNotFoundError:
-            return {}
-
-    def write_audits(self, audits: dict[str, Any]) -> None:
-        """Replace the audited means.
-
-        Args:
-            audits: By task.
-        """
-        self.folder.write(AUDITS, _json(audits))
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write a table where there is none; every driver of a run would write the same.

@@ -117,10 +117,15 @@ class RobustFactors:
         squares = np.where(known, filled - fit, 0.0) ** 2
         freedom = np.maximum(known.sum(0) - 1 - left.shape[1], 1)
         noise = squares.sum(0) / freedom if rows > 1 else np.full(values.shape[1], np.square(filled).mean())
-        self.noise = self._pooled(noise, known.sum(0) > left.shape[1] + 1) * self.settings.inflation
+        least = 1e-9 * np.square(filled).mean() or 1.0  # of a matrix without noise, whose rounding is none
+        self.noise = self._pooled(noise, known.sum(0) > left.shape[1] + 1, least) * self.settings.inflation
         centred = filled - self.mean
-        scale = np.square(self.mean).sum()
-        slopes = centred @ (self.mean - self.mean.mean()) / max(scale - len(self.mean) * self.mean.mean() ** 2, 1e-300)
+        shape = self.mean - self.mean.mean()
+        spread = np.square(shape).sum()
+        flat = (
+            spread <= 1e-20 * np.square(self.mean).sum()
+        )  # rounding: every example is forgotten alike, or there is one
+        slopes = np.zeros(rows) if flat else centred @ shape / spread
         deviations = np.sqrt([np.square(filled).mean(), slopes.var()])
         common = np.stack([np.ones_like(self.mean), self.mean], 1) * deviations
         self.loadings = np.concatenate([common, right * np.sqrt(self.settings.shrinkage / rows)], 1)
@@ -145,10 +150,9 @@ class RobustFactors:
         limit = self.settings.outlier * column * row
         return np.where((away <= limit) | (limit == 0), np.nan_to_num(residuals), 0.0)
 
-    def _pooled(self, noise: np.ndarray, enough: np.ndarray) -> np.ndarray:
+    def _pooled(self, noise: np.ndarray, enough: np.ndarray, least: float) -> np.ndarray:
         """Each example's noise drawn to the mean; the mean where there are too few entries."""
-        average = noise[enough].mean() if enough.any() else noise.mean()
-        average = average or 1.0  # a matrix without noise: any will do
+        average = max(noise[enough].mean() if enough.any() else noise.mean(), least)
         noise = np.where(enough, np.maximum(noise, 1e-9 * average), average)
         return noise ** (1 - self.settings.pooling) * average**self.settings.pooling
 
@@ -167,7 +171,8 @@ class RobustFactors:
         covariance, scores = np.eye(self.loadings.shape[1]), np.zeros(self.loadings.shape[1])
         for _ in range(settings.iterations if len(columns) else 0):
             precise = loadings * (weights / (noise * spread))[:, None]
-            covariance = np.linalg.inv(np.eye(len(scores)) + loadings.T @ precise)
+            size, axes = np.linalg.eigh(loadings.T @ precise)  # (I + it)^-1, however much larger it is than I
+            covariance = (axes / (1.0 + np.maximum(size, 0.0))) @ axes.T
             scores = covariance @ (precise.T @ error)
             uncertain = np.einsum("ij,jk,ik->i", loadings, covariance, loadings)
             squares = ((error - loadings @ scores) ** 2 + uncertain) / noise

@@ -53,7 +53,7 @@ def draw_to_file(
     drawn = ReplayMixer(ids, forecast, temperature=temperature, seed=seed).next(count, rank=0, world_size=1)
     rows: list[dict[str, Any]] = []
     for j in drawn.tolist():
-        text = {} if texts is None else {"text": texts[j]}
+        text = {} if texts is None or not texts[j] else {"text": texts[j]}
         rows.append({"id": ids[j], **text, "forecast": float(forecast[j]), "weight": float(weights[j])})
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(out, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
