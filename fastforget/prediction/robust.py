@@ -22,7 +22,7 @@ __all__ = ["Posterior", "RobustFactors", "Settings", "decompose"]
 
 @dataclass(frozen=True)
 class Settings:
-    """The model's constants; the defaults are those of leave-one-task-out cross-validation (`benchmarks/NOTES.md`).
+    """The model's constants; the defaults and why they are these: `benchmarks/NOTES.md`.
 
     Attributes:
         rank: Factors at most.
