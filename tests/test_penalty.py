@@ -76,7 +76,7 @@ def test_parameters_that_are_not_dense(layout: str):
     assert penalties[0].item() == pytest.approx(penalties[1].item(), rel=1e-6)
     grads = [torch.autograd.grad(p, list(m.values()))[0] for p, m in zip(penalties, (model, plain), strict=True)]
     assert torch.equal(*grads)
-    with pytest.raises(ValueError, match=r"anchor\['w'\]: expected where the parameter is drawn to"):
+    with pytest.raises(ValueError, match=r"anchor\['w'\]: expected other values than the parameter's own"):
         ewc_penalty(model, fisher, model)
 
 
@@ -207,7 +207,7 @@ def test_a_fisher_is_checked_once_and_after_a_change(monkeypatch: pytest.MonkeyP
 def test_an_anchor_that_moves_along_is_refused():
     for anchor in (LINEAR, dict(LINEAR.named_parameters()), LINEAR.state_dict()):
         with pytest.raises(
-            ValueError, match=r"anchor\['weight'\]: expected where the parameter is drawn to, got the para"
+            ValueError, match=r"anchor\['weight'\]: expected other values than the parameter's own, got the para"
         ):
             ewc_penalty(LINEAR, ONES, anchor)
 
